@@ -47,17 +47,18 @@ class Bleeding:
     ----------
     leakage : DataArray of float, (step, entity, region)
         Leakage matrix of each step: the share of each entity's attention in each region. The last region is
-        "background" ("rest of the image" if an entity has the label "background"). Rows sum to 1.
+        "background", or "rest of the image" if an entity has the label "background". Rows sum to 1.
     attribute_leakage : DataArray of float, (step, attribute, region), or None
         Share of each attribute's attention in each region of the entities. The coordinate `owner` names the entity to
-        which each attribute belongs. None without attributes.
+        which each attribute belongs. None if :func:`measure` was called without attributes.
     frame : DataFrame
-        The table of which :meth:`to_frame` returns a copy.
+        All measures as a tidy table; :meth:`to_frame` returns a copy and describes the columns.
     truth_leakage : DataArray of float, (step, entity, region), or None
-        The same as `leakage`, with the entities' masks in the finished image as regions; None if :func:`measure` was
-        called without `truth`.
+        Share of each entity's attention on the mask of each entity in the finished image, and on the rest of the image.
+        None if :func:`measure` was called without `truth`.
     attribute_truth_leakage : DataArray of float, (step, attribute, region), or None
-        The same as `attribute_leakage`, with these masks as regions; None without attributes or without `truth`.
+        Share of each attribute's attention on the mask of each entity in the finished image, and on the rest of the
+        image. None if :func:`measure` was called without attributes or without `truth`.
     """
 
     leakage: xr.DataArray
@@ -72,10 +73,10 @@ class Bleeding:
         Returns
         -------
         DataFrame
-            One row per step and value of a measure. Columns step (counted from 0), measure, entity, other, value.
-            `entity` is the label of the entity or attribute that is measured. `other` is the label of what it is
-            compared with: a region, an entity, or the owner, which is the entity of an attribute. A column that a
-            measure does not need contains "".
+            Each row is one value of one measure at one step. The columns are step (counted from 0), measure, entity,
+            other and value. `entity` is the label of the measured entity or attribute. `other` is the label of a
+            region, of a second entity, or of the owner: the entity that an attribute belongs to. The table below
+            lists the content of both columns for each measure; where an entry is missing, the column contains "".
 
             ====================================  =============  ======  ===============
             measure                               entity         other   range
@@ -99,11 +100,14 @@ class Bleeding:
             start_mass, end_mass                                         0 to 1
             ====================================  =============  ======  ===============
 
-            Regions include "background". IoU, Dice and overlap coefficient compare the Otsu masks of two maps; the
-            other measures of pairs compare the maps as distributions. The measures whose names contain "truth", and
-            pointing, compare attention with the finished image; they are absent if :func:`measure` was called without
-            `truth`. For an entity that is not in the image, truth_iou, truth_auc and pointing are NaN, and the
-            truth_leakage onto it is 0. If an entity fills the image, its truth_auc is NaN.
+            A pair is a pair of entities. IoU, Dice and overlap coefficient compare the maps of a pair after each map
+            is binarized with Otsu's threshold. The other measures of pairs compare the maps as distributions. One of
+            the regions is "background".
+
+            Pointing and the measures with "truth" in their names compare attention with the finished image. These
+            measures are absent if :func:`measure` was called without `truth`. For an entity that is not in the image,
+            truth_iou, truth_auc and pointing are NaN, and the share of attention on this entity (truth_leakage) is 0.
+            For an entity that fills the image, truth_auc is NaN.
         """
         return self.frame.copy()
 
@@ -113,13 +117,17 @@ class Bleeding:
         Returns
         -------
         DataFrame
-            Columns measure, entity, other, value, as in :meth:`to_frame`. A mean leaves out the steps at which the
-            measure is NaN; it is NaN if there are no others.
+            Columns measure, entity, other and value, as in :meth:`to_frame`. Steps at which a measure is NaN are left
+            out of the mean. The mean is NaN if the measure is NaN at every step.
         """
         return self.frame.groupby(["measure", "entity", "other"], sort=False, as_index=False)["value"].mean()
 
     def _tables(self) -> list[tuple[str, pd.DataFrame]]:
-        """Pairs (title, table) of tables with means over the steps, one row per entity, pair or attribute."""
+        """Tables that ``print`` shows, as a list of (title, table).
+
+        The values are means over the steps. A row of a table is an entity, a pair of entities, an attribute with its
+        entity, or a special token.
+        """
         overall = self.overall()
         entities = list(self.leakage["entity"].values)
 
@@ -185,20 +193,23 @@ def measure(
     Parameters
     ----------
     maps : DataArray, (step, token, y, x)
-        Raw attention to the entities, as ``recording.maps("entities")`` returns it. The labels along token are those of
-        the entities.
+        Raw attention to the entities, as ``recording.maps("entities")`` returns it, with the labels of the entities
+        along token.
     regions : Regions, or DataArray of bool, (step, entity, y, x) or (entity, y, x)
         Disjoint regions of the same entities, at the size of the maps. Regions without the dimension `step` are used at
         every step.
     attributes : DataArray, (step, token, y, x), optional
-        Raw attention to the attributes, with their labels along token.
+        Raw attention to the attributes, with the labels of the attributes along token.
     owners : mapping of str to str, optional
-        The entity to which each attribute belongs, both as labels: ``{"red": "car"}``. Required with `attributes`.
-    start, end : DataArray, (step,), optional
-        Attention to start-of-text, and summed attention to end-of-text and padding: means over the locations, 0 to 1.
+        Label of the entity to which each attribute belongs, by the label of the attribute: ``{"red": "car"}``.
+        Required with `attributes`.
+    start : DataArray, (step,), optional
+        Attention to start-of-text, averaged over the locations, 0 to 1.
+    end : DataArray, (step,), optional
+        Summed attention to end-of-text and padding, averaged over the locations, 0 to 1.
     truth : Verdict or DataArray of bool, (entity, y, x), optional
-        Mask of each entity in the finished image, at any resolution, according to a judge; the mask of an absent entity
-        is empty. With it, attention is also compared with the image.
+        Mask of each entity in the finished image according to a judge, at any resolution. The mask of an absent entity
+        is empty. If `truth` is given, attention is also compared with the image.
 
     Returns
     -------
@@ -211,18 +222,22 @@ def measure(
 
     Notes
     -----
-    Regions never overlap. IoU, Dice and overlap coefficient therefore compare other masks: each map binarized with
-    Otsu's threshold. The other measures of pairs compare maps that are normalized to sum to 1, so that they depend on
-    where the maps are strong, not on how strong they are.
+    Regions never overlap, so overlap is measured on the maps instead. IoU, Dice and overlap coefficient compare the
+    maps of two entities after each map is binarized with Otsu's threshold. The other measures of two entities compare
+    maps that are normalized to a sum of 1. These measures depend on where the maps are strong, not on how strong the
+    maps are.
 
-    With `truth`, truth_iou, truth_auc and pointing are :func:`elakit.measures.agreement.agreement_iou`,
-    :func:`~elakit.measures.agreement.auc` and :func:`~elakit.measures.agreement.pointing_game` of each map and the
-    entity's mask, which :func:`~elakit.measures.masks.downscale` resamples to the maps' grid. The results of
-    :func:`elakit.measures.leakage.truth_leakage`, which uses the masks at full resolution, are truth_leakage and
-    attribute_truth_leakage.
+    If `truth` is given, each map is compared with the mask of the same entity in the image, resampled to the grid of
+    the maps. :func:`~elakit.measures.agreement.agreement_iou` gives truth_iou,
+    :func:`~elakit.measures.agreement.auc` gives truth_auc, and :func:`~elakit.measures.agreement.pointing_game` gives
+    pointing. :func:`~elakit.measures.leakage.truth_leakage` gives truth_leakage and attribute_truth_leakage, from the
+    masks at full resolution.
 
     Examples
     --------
+    The cat has 8 of 10 units of its attention in its own region, the frog has 4 of 5. The printed columns are the
+    regions of the cat and the frog, and the background:
+
     >>> maps = xr.DataArray(
     ...     [[[[6., 2., 1., 1.]], [[0., 0., 4., 1.]]]],
     ...     dims=("step", "token", "y", "x"),
@@ -239,7 +254,9 @@ def measure(
     >>> bleeding.to_frame().query("measure == 'bleed'")[["entity", "value"]].round(3).values.tolist()
     [['cat', 0.2], ['frog', 0.2]]
 
-    In the image, the frog appeared where the cat's attention was, and the cat is missing:
+    In the image, the cat is missing, and the frog fills the first two locations. These locations have 8 of 10 units of
+    the cat's attention, and none of the frog's. Pointing is NaN for the missing cat. It is 0 for the frog, because the
+    location with the most attention to the frog is outside the frog's mask:
 
     >>> seen = regions.copy(data=[[[False, False, False, False]], [[True, True, False, False]]])
     >>> judged = measure(maps, regions, truth=seen)
@@ -297,18 +314,18 @@ def measure(
 def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tuple[int, int]) -> np.ndarray:
     """Masks of the entities in the finished image, in the order of `entities` and at the resolution of `truth`.
 
-    Labels and aspect ratio of the masks are checked against those of the maps.
+    The labels and the aspect ratio of the masks are checked: both must be the same as those of the maps.
 
     Parameters
     ----------
     truth : Verdict or DataArray of bool, (entity, y, x)
-        Masks at any resolution; the mask of an entity that is not in the image is empty. Any object with the attributes
+        Masks at any resolution. The mask of an entity that is not in the image is empty. Any object with the attributes
         `masks` and `entities` is read like a Verdict.
     entities : sequence of str
         Labels of the entities of the maps.
     size : (int, int)
-        Rows and columns of the maps; their aspect ratio must be the image's, up to rounding. The masks are not resized
-        to this size.
+        Rows and columns of the maps, used only to check the aspect ratio of the masks, up to rounding. The masks are
+        not resized.
 
     Returns
     -------
@@ -318,11 +335,13 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
     Raises
     ------
     SettingError
-        `truth` has another type or other entities, masks have values other than 0 and 1, or the image has another
-        aspect ratio.
+        `truth` is neither a Verdict nor a DataArray with the dimensions (entity, y, x); the entities of `truth` are not
+        those of the maps; a mask has values other than 0 and 1; or the aspect ratios of masks and maps differ.
 
     Examples
     --------
+    The frog is in the right half of the image, the cat in the left half. The masks are returned with the cat first:
+
     >>> seen = xr.DataArray([[[0, 1]], [[1, 0]]], dims=("entity", "y", "x"), coords={"entity": ["frog", "cat"]})
     >>> truth_masks(seen, ["cat", "frog"], (4, 8)).astype(int).tolist()
     [[[1, 0]], [[0, 1]]]
@@ -360,7 +379,7 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
 
 
 class _Table:
-    """Collects the measures of a run as rows of one tidy table, whose columns `Bleeding.to_frame` lists.
+    """Collector of the measures of a run, as rows of a tidy table; `Bleeding.to_frame` describes the columns.
 
     Parameters
     ----------
@@ -373,7 +392,10 @@ class _Table:
         self.parts: list[pd.DataFrame] = []
 
     def add(self, name: str, keys: list[tuple[str, str]], values: np.ndarray) -> None:
-        """Add the values of a measure, of shape (step, len(keys)); each key is a pair (entity, other)."""
+        """Add the values of the measure ``name`` to the table.
+
+        ``values`` has the shape (step, len(keys)). Each key is a pair: the content of the columns entity and other.
+        """
         count = len(keys)
         if not count:
             return
@@ -473,24 +495,24 @@ def _add_agreement(table: _Table, names: list[str], values: np.ndarray, seen: np
 
 
 def _add_truth_leakage(table: _Table, leak: xr.DataArray, values: np.ndarray, seen: np.ndarray) -> xr.DataArray:
-    """Add the leakage into the entities' masks in the finished image to the table, and return the leakage.
+    """Compute the share of attention on each entity's mask in the finished image, and add the values to a table.
 
     Parameters
     ----------
     table : _Table
         Table to which the values are added, as "truth_leakage" or "attribute_truth_leakage".
     leak : DataArray, (step, entity or attribute, region)
-        `Bleeding.leakage` or `Bleeding.attribute_leakage`: the leakage into the regions. Only its name, dimensions and
-        labels are used.
+        `Bleeding.leakage` or `Bleeding.attribute_leakage`. Only the name, the dimensions and the labels of this array
+        are used, not the values.
     values : ndarray, (step, entity or attribute, y, x)
         Attention to the entities or attributes of `leak`.
     seen : bool array, (entity, y, x)
-        Mask of each entity in the finished image, from `truth_masks`. The masks take the place of the regions.
+        Mask of each entity in the finished image, from `truth_masks`. These masks take the place of the regions.
 
     Returns
     -------
     DataArray, (step, entity or attribute, region)
-        `Bleeding.truth_leakage` or `Bleeding.attribute_truth_leakage`.
+        The computed shares, as `Bleeding.truth_leakage` or `Bleeding.attribute_truth_leakage` contains them.
     """
     matrix = truth_leakage(values, seen)
     name = str(leak.name).replace("leakage", "truth_leakage")
@@ -505,15 +527,16 @@ def _regions_of(regions: xr.DataArray | Regions, names: list[str], steps: np.nda
     Parameters
     ----------
     regions : Regions, or DataArray of bool, (step, entity, y, x) or (entity, y, x)
+        Region of each entity.
     names : list of str
-        Labels of the entities, which the regions must have, too.
+        Labels of the entities of the maps. The regions must have the same entities.
     steps : ndarray, (step,)
-        Numbers of the steps of the maps. Regions with the dimension `step` must have the same steps.
+        Numbers of the steps of the maps. If the regions have the dimension `step`, they must have the same numbers.
 
     Returns
     -------
     ndarray, (step, entity, y, x) or (entity, y, x)
-        The array has the dimension `step` only if the given regions have it.
+        The regions, with the dimension `step` only if `regions` has this dimension.
     """
     if isinstance(regions, Regions):
         regions = regions.to_xarray()

@@ -1,6 +1,6 @@
 """Validators of settings: each returns the value as plain Python, or raises an error that names the allowed values.
 
-They accept NumPy scalars. Where a number is expected, they refuse NaN, infinity, True and False.
+The validators accept NumPy scalars. Validators of numbers refuse NaN, infinity, True and False.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_SEED = 2**63 - 1
 
 
 def is_whole(value: Any) -> TypeIs[int]:
-    """True for an integer of Python or NumPy; False for any other value, and for True and False.
+    """True if a value is an integer of Python or NumPy; a bool does not count as an integer.
 
     Examples
     --------
@@ -42,14 +42,16 @@ def whole_number(
     Parameters
     ----------
     value : object
+        Value to check.
     name : str
-        Name of the setting, for the message.
+        Name of the setting in the error message.
     low, high : int, optional
         Smallest and largest allowed value, both included; None means no bound.
     owner : str
-        Class or function that the setting belongs to, for the message: "SynGen" for ``SynGen(iterations=0)``.
+        Name of the class or function with this setting, for the error message; "" adds no name. With owner "SynGen",
+        name "iterations" and value 0, the message begins with ``SynGen(iterations=0)``.
     hint : str
-        Advice to the user, as a sentence that is added to the end of the message; "" adds none.
+        Sentence with advice to the user, for the end of the error message; "" adds no sentence.
 
     Returns
     -------
@@ -85,14 +87,15 @@ def real_number(
     Parameters
     ----------
     value : object
+        Value to check.
     name : str
-        Name of the setting, for the message.
+        Name of the setting in the error message.
     low, high : float, optional
         Smallest and largest allowed value, both included; None means no bound.
     owner : str
-        Class or function that the setting belongs to, for the message.
+        Name of the class or function with this setting, for the error message; "" adds no name.
     hint : str
-        Advice to the user, as a sentence that is added to the end of the message; "" adds none.
+        Sentence with advice to the user, for the end of the error message; "" adds no sentence.
 
     Returns
     -------
@@ -126,12 +129,13 @@ def share(value: Any, name: str, *, owner: str = "", hint: str = "") -> float:
     Parameters
     ----------
     value : object
+        Value to check.
     name : str
-        Name of the setting, for the message.
+        Name of the setting in the error message.
     owner : str
-        Class or function that the setting belongs to, for the message.
+        Name of the class or function with this setting, for the error message; "" adds no name.
     hint : str
-        Advice to the user, as a sentence that is added to the end of the message; "" adds none.
+        Sentence with advice to the user, for the end of the error message; "" adds no sentence.
 
     Returns
     -------
@@ -151,19 +155,22 @@ def share(value: Any, name: str, *, owner: str = "", hint: str = "") -> float:
 
 
 def choice(value: Any, name: str, allowed: Collection[T], *, owner: str = "", hint: str = "") -> T:
-    """Check that a value is one of several allowed ones; the message suggests the nearest one.
+    """Check that a value is one of the allowed values, and return it.
+
+    For a misspelled text, the error message suggests the most similar allowed text.
 
     Parameters
     ----------
     value : object
+        Value to check.
     name : str
-        Name of the setting, for the message.
+        Name of the setting in the error message.
     allowed : collection
         Allowed values.
     owner : str
-        Class or function that the setting belongs to, for the message.
+        Name of the class or function with this setting, for the error message; "" adds no name.
     hint : str
-        Advice to the user, as a sentence that is added to the end of the message; "" adds none.
+        Sentence with advice to the user, for the end of the error message; "" adds no sentence.
 
     Returns
     -------
@@ -173,7 +180,7 @@ def choice(value: Any, name: str, allowed: Collection[T], *, owner: str = "", hi
     Raises
     ------
     SettingError
-        The value is not among the allowed ones.
+        The value is not among the allowed values.
 
     Examples
     --------
@@ -202,12 +209,13 @@ def boolean(value: Any, name: str, *, owner: str = "", hint: str = "") -> bool:
     Parameters
     ----------
     value : object
+        Value to check.
     name : str
-        Name of the setting, for the message.
+        Name of the setting in the error message.
     owner : str
-        Class or function that the setting belongs to, for the message.
+        Name of the class or function with this setting, for the error message; "" adds no name.
     hint : str
-        Advice to the user, as a sentence that is added to the end of the message; "" adds none.
+        Sentence with advice to the user, for the end of the error message; "" adds no sentence.
 
     Returns
     -------
@@ -237,8 +245,9 @@ def seed(value: Any, name: str = "seed") -> int:
     Parameters
     ----------
     value : object
+        Value to check.
     name : str
-        Name of the setting, for the message.
+        Name of the setting in the error message.
 
     Returns
     -------
@@ -247,7 +256,7 @@ def seed(value: Any, name: str = "seed") -> int:
     Raises
     ------
     SettingError
-        The value is not such a number.
+        The value is not a whole number from 0 to 2**63 - 1.
 
     Examples
     --------
@@ -268,11 +277,11 @@ def seeds(values: Any, name: str = "seed", *, distinct: bool = False) -> list[in
     Parameters
     ----------
     values : int or sequence of int
-        One seed; or a sequence, range or one-dimensional array of at least one seed.
+        One seed, or a sequence, range or one-dimensional array of one or more seeds.
     name : str
-        Name of the setting, for the message.
+        Name of the setting in the error message.
     distinct : bool
-        True refuses seeds that occur more than once.
+        If True, a seed that occurs more than once is refused.
 
     Returns
     -------
@@ -281,8 +290,8 @@ def seeds(values: Any, name: str = "seed", *, distinct: bool = False) -> list[in
     Raises
     ------
     SettingError
-        There is no seed, a seed is not a whole number from 0 to 2**63 - 1, or `distinct` is True and a seed is
-        repeated.
+        `values` contains no seed; a seed is not a whole number from 0 to 2**63 - 1; or a seed is repeated although
+        `distinct` is True.
 
     Examples
     --------
@@ -319,9 +328,9 @@ def refuse(value: Any, name: str, rule: str, *, owner: str = "", hint: str = "")
     rule : str
         Allowed values, as the end of a sentence that starts with "must be".
     owner : str
-        Class or function that the setting belongs to; "" for none.
+        Name of the class or function with this setting; "" adds no name.
     hint : str
-        Advice to the user, as a sentence that is added to the end of the message; "" adds none.
+        Sentence with advice to the user, for the end of the error message; "" adds no sentence.
 
     Raises
     ------

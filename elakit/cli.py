@@ -155,7 +155,10 @@ def main() -> None:
 
 
 def _check_folder(out: Path, overwrite: bool) -> None:
-    """Refuse, before anything is loaded, a folder that a run cannot be saved to."""
+    """Raise an error if a run cannot be saved to the folder `out`; called before the model is loaded.
+
+    An existing folder is accepted only if it contains a run and `overwrite` is True.
+    """
     parent = files.check_path(out / "run.json" if os.path.isdir(out) else out, "run", "run").parent
     if os.path.lexists(out) and not (overwrite and os.path.isfile(out / "run.json")):
         replace = "Replace this run with --overwrite, or choose" if os.path.isfile(out / "run.json") else "Choose"
@@ -165,7 +168,7 @@ def _check_folder(out: Path, overwrite: bool) -> None:
 
 
 def _guidance(method: str, options: dict[str, Any], regions: str | None) -> Any:
-    """Build a method from its options and the boxes of the entities."""
+    """Build a guidance method from its name, its options and `regions`, a text with the boxes of the entities."""
     from elakit.guidance.metadata import build
 
     if regions is None:

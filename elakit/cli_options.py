@@ -1,4 +1,4 @@
-"""Options that several commands share, functions that turn them into a pipeline or a method, and one-line errors."""
+"""Command-line options that several commands share, functions that read options, and one-line error messages."""
 
 from __future__ import annotations
 
@@ -66,12 +66,15 @@ Options = Annotated[
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Context in which an error that a user can act on ends the program with one line, without a traceback.
+    """Context in which an `ElakitError` ends the program with a one-line message instead of a traceback.
+
+    An `ElakitError` is an error that the user can act on. Ctrl+C also ends the program with one line. Other exceptions
+    are raised as usual.
 
     Parameters
     ----------
     program : str
-        Name of the program, with which the line begins.
+        Name of the program, printed at the beginning of the line.
     """
     try:
         yield
@@ -128,7 +131,7 @@ def method_options(method: str, settings: list[str] | None) -> dict[str, Any]:
     Raises
     ------
     SettingError
-        A setting does not have that form, names another method, or is given twice.
+        A setting does not have the form ``METHOD.OPTION=VALUE``, names another method, or is given twice.
 
     Examples
     --------

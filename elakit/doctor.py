@@ -42,12 +42,12 @@ def doctor(
 
 
 def report(model: str | None = None) -> Iterator[tuple[str, str]]:
-    """Lines of the report, as pairs of a name and its value.
+    """Lines of the report of ``elakit doctor``, as pairs of a name and its value.
 
     Parameters
     ----------
     model : str, optional
-        Model whose memory is added to the report: a built-in model, a folder or a hub id.
+        Name of a built-in model, path of a folder, or hub id. A line on the memory of the model's weights is added.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def language_model() -> str:
 
 
 def devices() -> Iterator[tuple[str, str]]:
-    """Lines of the report on CPU threads, on torch's devices with their free memory, and on free disk space."""
+    """Lines of the report on CPU threads, CUDA devices with their free memory, MPS, and free disk space."""
     try:
         import torch
     except ImportError as error:
@@ -111,12 +111,12 @@ def devices() -> Iterator[tuple[str, str]]:
 
 
 def memory(model: str) -> str:
-    """Sentence on the memory of a model's weights, estimated from the headers of its files.
+    """Sentences on the memory that a model's weights need, estimated from the headers of the safetensors files.
 
     Parameters
     ----------
     model : str
-        Name of a built-in model, folder or hub id.
+        Name of a built-in model, path of a folder, or hub id.
 
     Raises
     ------
@@ -149,7 +149,10 @@ def memory(model: str) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Safetensors files of a pipeline's components; files of variants such as fp16 only if there are no others."""
+    """Safetensors files of a pipeline's components.
+
+    Files of a variant, such as "fp16", are returned only if no component has a file without a variant.
+    """
     found = sorted(folder.glob("*/*.safetensors"))  # other files of the folder are not of a component
     index = folder / "model_index.json"
     if index.is_file():

@@ -90,16 +90,18 @@ _SYMBOLS = re.compile(r"[+=~^|<>*\\\u2190-\u2bff\u200d\ufe0f\ufffd\U0001f000-\U0
 
 @dataclass(frozen=True)
 class Phrase:
-    """Noun phrase of a caption; all spans are (start, end) characters of the text, the end excluded.
+    """Noun phrase of a caption.
+
+    Each span is a pair (start, end) of character positions in the caption, the end excluded.
 
     Attributes
     ----------
     span : (int, int)
-        The whole phrase with its article.
+        Span of the whole phrase with its article.
     noun : (int, int)
-        The last word of the phrase.
+        Span of the noun, the last word of the phrase.
     attributes : tuple of (int, int)
-        Words that describe the noun, in the order of the text.
+        Spans of the words that describe the noun, in the order of the caption.
     """
 
     span: tuple[int, int]
@@ -119,7 +121,7 @@ def load_reader() -> Any:
     Raises
     ------
     ModelError
-        Raised when spaCy is not installed, or neither of these models is.
+        spaCy is not installed, or neither of the two models is installed.
     """
     # Importing spaCy and loading a model seed and use the global generators; a user's seed must survive that.
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -182,9 +184,9 @@ def phrases(doc: Any) -> tuple[Phrase, ...]:
 
     * words for the image or for an amount: "a photo of", "a pair of", ", digital art", "on a white background";
     * absent objects: "no hat", "without a hat";
-    * the setting: a phrase that follows "in", "at", "on", "by", "inside", "outside", "within", "across", "through" or
-      "during", has the article "the" or none, and has no adjective ("in the library", "on Mars", "at night"). A phrase
-      with "a", "an", a number or an adjective remains an entity ("on a chair", "in the red box");
+    * the setting: a phrase after "in", "at", "on", "by", "inside", "outside", "within", "across", "through" or
+      "during", such as "in the library", "on Mars" and "at night". A phrase with "a", "an", a number or an adjective is
+      an entity even there: "on a chair", "in the red box";
     * words that relate objects: "in front of", "to the left of", "right of", "on top of";
     * a proper name without an article after "of", if the phrase before "of" is not an entity: "Dali" in "in the style
       of Dali".
@@ -219,7 +221,7 @@ def phrases(doc: Any) -> tuple[Phrase, ...]:
 
 
 def _cut(tokens: Sequence[Any]) -> Iterator[tuple[int, int]]:
-    """Yield the range (start, end) of the token indices of each noun phrase, the end excluded."""
+    """Yield for each noun phrase the index of its first token, and the index after its last token."""
     relations = _relations(tokens)
     at = 0
     while at < len(tokens):
@@ -237,10 +239,10 @@ def _cut(tokens: Sequence[Any]) -> Iterator[tuple[int, int]]:
 
 
 class _Verdict(Enum):
-    """Decision of one of the `RULES` about a word.
+    """Decision of a rule whether a word belongs to the noun phrase that is being read.
 
-    INSIDE: the word belongs to the phrase that is being read. JOINED: the word belongs to the phrase only if a word
-    after it does, such as the hyphen of a compound. OUTSIDE: the phrase has ended before the word.
+    INSIDE: the word belongs to the phrase. JOINED: the word joins other words, such as the hyphen of a compound, and
+    belongs to the phrase only if a later word does. OUTSIDE: the phrase has ended before the word.
     """
 
     INSIDE = "the word belongs to the phrase"
@@ -249,14 +251,14 @@ class _Verdict(Enum):
 
 
 class _State(NamedTuple):
-    """A word that a rule decides about, and the phrase that is being read.
+    """Noun phrase that is being read, and the next word. A rule decides whether the word belongs to the phrase.
 
     Attributes
     ----------
     tokens : sequence of spacy.tokens.Token
         All tokens of the caption.
     at : int
-        Index of the token that a rule decides about.
+        Index of the next word.
     first : int
         Index of the first token of the phrase after its article.
     article : bool
@@ -264,7 +266,7 @@ class _State(NamedTuple):
     named : bool
         True if an earlier token of the phrase can be the noun.
     relations : frozenset of int
-        Indices of tokens that relate objects.
+        Indices of tokens that relate objects, such as "right of".
     """
 
     tokens: Sequence[Any]
@@ -284,19 +286,26 @@ class _State(NamedTuple):
 
 
 def _relation(state: _State) -> _Verdict | None:
-    """Return OUTSIDE for a word that relates objects, as in "right of" and "on top of", otherwise None."""
+    """End the noun phrase before a word that relates objects, as in "right of" and "on top of".
+
+    Return OUTSIDE for such a word, and None (no decision) for any other word.
+    """
     return _Verdict.OUTSIDE if state.at in state.relations else None
 
 
 def _hyphen(state: _State) -> _Verdict | None:
-    """Return JOINED for a hyphen between the words of a compound, such as "close-up", otherwise None."""
+    """Decide that a hyphen, as in "close-up", joins words of the noun phrase.
+
+    Return JOINED for a hyphen without spaces around it, and None (no decision) for any other word.
+    """
     return _Verdict.JOINED if state.begun and _is_hyphen(state.token) else None
 
 
 def _joined_adjectives(state: _State) -> _Verdict | None:
-    """Decide about a conjunction or a comma before the noun; return None for all other words.
+    """Decide whether a conjunction or a comma before the noun belongs to the noun phrase.
 
-    JOINED if it joins adjectives, as in "a red and white car", otherwise OUTSIDE.
+    Return JOINED for a conjunction or comma that joins adjectives, as in "a red and white car". Return OUTSIDE for any
+    other conjunction or comma before the noun, and None (no decision) for all other words.
     """
     if state.named or not state.begun or not (state.token.pos_ == "CCONJ" or state.token.text == ","):
         return None
@@ -304,25 +313,36 @@ def _joined_adjectives(state: _State) -> _Verdict | None:
 
 
 def _after_hyphen(state: _State) -> _Verdict | None:
-    """Return INSIDE for a word after a hyphen, whatever its tag, otherwise None."""
+    """Decide that a word right after a hyphen belongs to the noun phrase, whatever its part of speech.
+
+    Return INSIDE for such a word, and None (no decision) for any other word.
+    """
     return _Verdict.INSIDE if state.begun and _is_hyphen(state.tokens[state.at - 1]) else None
 
 
 def _known_compound(state: _State) -> _Verdict | None:
-    """Return INSIDE for the last word of a known compound, such as "fire hydrant", whatever its tag, otherwise None."""
+    """Return INSIDE for the last word of a known compound, such as "hydrant" in "fire hydrant"; otherwise return None.
+
+    INSIDE means that the word belongs to the noun phrase. The part-of-speech tag of the word is ignored.
+    """
     return _Verdict.INSIDE if state.begun and _ends_compound(state.tokens, state.at) else None
 
 
 def _next_to(state: _State) -> _Verdict | None:
-    """Return OUTSIDE for the "next" of "next to" and the "close" of "close to", otherwise None."""
+    """Return OUTSIDE for an adjective or adverb before "to", such as "next" in "next to"; otherwise return None.
+
+    OUTSIDE means that the noun phrase has ended before the word. The result is also None for the first word of a
+    phrase.
+    """
     return _Verdict.OUTSIDE if state.begun and _relates(state.tokens, state.at) else None
 
 
 def _after_article(state: _State) -> _Verdict | None:
-    """Decide about a word of a phrase that has an article and no noun yet; return None for other words.
+    """Decide whether a word belongs to a noun phrase that has an article and no noun yet, such as "a blue".
 
-    INSIDE even for words that are tagged as verbs, such as "can" in "a red can" and "rose" in "a blue rose". OUTSIDE
-    for another article, and for words that end a phrase, such as prepositions.
+    Return INSIDE if the word belongs to the phrase. Words that spaCy tags as verbs belong to it, too, such as "rose"
+    in "a blue rose". Return OUTSIDE for another article, and for a word that ends the phrase, such as a preposition.
+    Return None if the phrase has no article or already has a noun.
     """
     if not state.article or state.named:
         return None
@@ -332,9 +352,10 @@ def _after_article(state: _State) -> _Verdict | None:
 
 
 def _after_noun(state: _State) -> _Verdict | None:
-    """Decide about a word of a phrase that already has a noun; return None for other words.
+    """Decide whether a word belongs to a noun phrase that already has a noun, such as "toy".
 
-    INSIDE for a further noun, and for an adjective right before a noun, as in "toy red car"; otherwise OUTSIDE.
+    Return INSIDE for a further noun, and for an adjective right before a further noun, such as "red" in "toy red car".
+    Return OUTSIDE for any other word. Return None if the phrase has no noun yet.
     """
     if not state.named:
         return None
@@ -343,9 +364,10 @@ def _after_noun(state: _State) -> _Verdict | None:
 
 
 def _without_article(state: _State) -> _Verdict | None:
-    """Decide about a word of a phrase that has no article and no noun yet.
+    """Decide whether a word belongs to a noun phrase that has no article and no noun yet.
 
-    INSIDE for a noun, an adjective or a number, and for a participle right before a noun; otherwise OUTSIDE.
+    Return INSIDE for a noun, an adjective or a number, and for a participle right before a noun. Return OUTSIDE for any
+    other word.
     """
     token = state.token
     if _is_noun(token) or _is_adjective(token) or token.pos_ == "NUM":
@@ -374,7 +396,12 @@ RULES: tuple[Callable[[_State], _Verdict | None], ...] = (
 def _end_of_phrase(
     tokens: Sequence[Any], first: int, article: bool, relations: frozenset[int] = frozenset()
 ) -> int | None:
-    """Return the index after the last token of the phrase that starts at `first`; None if no phrase starts there."""
+    """Return the index after the last token of the noun phrase at `first`; None if no noun phrase starts there.
+
+    `first` is the index of the first token after the article or determiner, if the phrase has one. `article` is True if
+    the phrase has an article. `relations` are the indices of words that relate objects, such as "left of"; a phrase
+    ends before such a word.
+    """
     named = False
     stop = None
     for at in range(first, len(tokens)):
@@ -396,10 +423,10 @@ def _end_of_phrase(
 
 
 def _relations(tokens: Sequence[Any]) -> frozenset[int]:
-    """Return the indices of the words that relate two objects, from the preposition, if any, to "of".
+    """Return the indices of the words that relate two objects, such as the three words of "on top of".
 
-    Such words are "left of", "on top of", "on the left side of" and "to the right-hand side of". In "the top of a
-    mountain", by contrast, "the top" is an object, because it has an article and no preposition precedes it.
+    Other examples are "left of", "on the left side of" and "to the right-hand side of". In "the top of a mountain", by
+    contrast, "the top" is an object, because no preposition precedes the article.
     """
     found: set[int] = set()
     for at in range(1, len(tokens)):
@@ -440,7 +467,10 @@ def _noun_follows(tokens: Sequence[Any], at: int) -> bool:
 
 
 def _joins_adjectives(tokens: Sequence[Any], at: int) -> bool:
-    """Return True for the "and" of "a red and white car", and False for the "and" of "an orange and a car"."""
+    """Return True if the conjunction or comma at index `at` joins two adjectives.
+
+    The result is True for "and" in "a red and white car", and False for "and" in "an orange and a car".
+    """
     following = next((i for i in range(at + 1, len(tokens)) if tokens[i].pos_ != "CCONJ"), None)
     if following is None or tokens[following].pos_ in _CLOSING:
         return False
@@ -448,7 +478,7 @@ def _joins_adjectives(tokens: Sequence[Any], at: int) -> bool:
 
 
 def _relates(tokens: Sequence[Any], at: int) -> bool:
-    """Return True for the "next" of "next to" and the "close" of "close to"."""
+    """Return True if the token at index `at` is an adjective or adverb before "to", such as "next" in "next to"."""
     return tokens[at].pos_ in ("ADJ", "ADV") and at + 1 < len(tokens) and tokens[at + 1].lower_ == "to"
 
 
@@ -485,7 +515,11 @@ def _is_entity(tokens: Sequence[Any], start: int, stop: int, after_dropped: bool
 
 
 def _is_place(tokens: Sequence[Any], start: int, stop: int) -> bool:
-    """Return True for a part of the image, such as "the top left corner", and for the "right" of "to its right"."""
+    """Return True if a phrase names a part of the image, such as "the top left corner".
+
+    The phrase has the tokens from index `start` to before `stop`. A single word counts only after a preposition and a
+    possessive pronoun, such as "right" in "to its right".
+    """
     words = [token.lower_ for token in tokens[start:stop]]
     if words[0] == "the" and len(words) > 2:
         return _PLACES.issuperset(words[1:])
@@ -514,9 +548,10 @@ def _describe(tokens: Sequence[Any], start: int, stop: int) -> Phrase:
 
 
 def _predicates(noun: Any) -> Iterator[Any]:
-    """Yield the adjectives that the parse relates to a noun by a verb: "red" in "the car in the yard is red".
+    """Yield the predicate adjectives of a noun, such as "red" in "the car in the yard is red".
 
-    The adjectives before the noun, as in "a red car", are not yielded.
+    spaCy's parse decides which noun an adjective belongs to. Adjectives before the noun, as in "a red car", are not
+    yielded.
     """
     verbs = [child for child in noun.children if child.dep_ in ("relcl", "acl")]
     if noun.dep_ in ("nsubj", "nsubjpass"):
@@ -529,9 +564,9 @@ def _predicates(noun: Any) -> Iterator[Any]:
 
 
 def _predicates_after(tokens: Sequence[Any], at: int) -> Iterator[Any]:
-    """Yield the adjectives after a noun, as in "a car that is red" and "a bird painted blue", whatever the parse.
+    """Yield the adjectives after a noun, such as "red" in "a car that is red" and "blue" in "a bird painted blue".
 
-    `at` is the index of the first token after the noun.
+    `at` is the index of the first token after the noun. The function reads part-of-speech tags, not spaCy's parse.
     """
     if at < len(tokens) and tokens[at].lower_ in ("that", "which", "who"):
         at += 1

@@ -12,7 +12,7 @@ class PromptError(ElakitError, ValueError):
 
 
 class ModelError(ElakitError, ValueError):
-    """Raised when a model is unknown, cannot be loaded, or has no attention to text that elakit supports."""
+    """Raised when a model is unknown, cannot be loaded, or does not attend to text in a way that elakit supports."""
 
 
 class RecordingError(ElakitError, ValueError):

@@ -77,9 +77,10 @@ def write_file(path: str | Path, content: bytes, *, sync: bool = True) -> Path:
 
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Context for libraries that write a file themselves: they write to a temporary path, which is renamed at the end.
+    """Context that yields a temporary path to write a file to, and renames the file to `path` at the end.
 
-    If the body of the ``with`` statement raises an error, the final path does not change.
+    Use this context for libraries that write a file themselves, such as NumPy. If the body of the ``with`` statement
+    raises an error, nothing changes at `path`.
 
     Parameters
     ----------
@@ -89,7 +90,8 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     Yields
     ------
     pathlib.Path
-        Path in a temporary folder. Its file name is the final one, because some formats store the name in the file.
+        Path in a temporary folder. Its file name equals that of `path`, because some formats store the name in the
+        file.
 
     Raises
     ------
@@ -157,9 +159,10 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> Path:
     path : str or pathlib.Path
         File to write; its folder must exist.
     value : object
-        Dictionaries, lists, strings, numbers, booleans and None; NumPy scalars and paths are converted.
+        Dictionaries, lists, strings, numbers, booleans and None. NumPy scalars are converted to Python values, and
+        paths to strings.
     indent : int, optional
-        Spaces per level; None writes one line.
+        Number of spaces per level of indentation. With None, the file has a single line.
 
     Returns
     -------
@@ -259,19 +262,19 @@ def read_json(path: str | Path, limit: int = MAX_TEXT_BYTES) -> Any:
 
 @contextmanager
 def replace_folder(folder: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """Context that yields a temporary folder to fill, and renames it to its final name when it is complete.
+    """Context that yields a temporary folder to fill, and renames the folder to its final name at the end.
 
-    After the body of the ``with`` statement, an existing folder is renamed to a hidden name, the new folder is renamed
-    to its final name, and then the old folder is deleted. If anything fails, the old folder is restored. Temporary
-    folders are next to the final one and have unique hidden names, so an interrupted call never blocks a later one.
+    After the body of the ``with`` statement, an existing folder is first renamed to a hidden name. Then the new folder
+    gets the final name, and the old folder is deleted. If renaming fails, the old folder is restored. Temporary folders
+    lie next to the final folder. Their hidden names are unique, so an interrupted call never blocks a later call.
 
     Parameters
     ----------
     folder : str or pathlib.Path
         Final folder; missing parents are created.
     overwrite : bool
-        Whether an existing folder is replaced, including one that appears while the body runs. If False, an existing
-        folder that is not empty is an error.
+        Whether an existing folder is replaced, even if it was created while the body ran. If False, an existing folder
+        with content raises an error.
 
     Yields
     ------
@@ -281,7 +284,8 @@ def replace_folder(folder: str | Path, *, overwrite: bool = True) -> Iterator[Pa
     Raises
     ------
     OutputError
-        The folder cannot be written or renamed, or it exists, is not empty, and `overwrite` is False.
+        The folder cannot be written or renamed. Also raised if `overwrite` is False and the final folder already exists
+        with content.
 
     Examples
     --------
@@ -318,9 +322,10 @@ def replace_folder(folder: str | Path, *, overwrite: bool = True) -> Iterator[Pa
 
 
 def _swap(new: Path, target: Path, aside: list[Path]) -> None:
-    """Rename an existing folder to a hidden name, and the new one to `target`; on failure, restore the existing one.
+    """Rename the folder `new` to `target`; a folder that already exists at `target` first gets a hidden name.
 
-    The hidden paths of replaced folders, which the caller deletes, are appended to `aside`.
+    The hidden path is appended to `aside`, so that the caller can delete the old folder. If renaming `new` fails, the
+    old folder gets its name back.
     """
     try:
         for attempt in range(_ATTEMPTS):
@@ -345,7 +350,7 @@ def _swap(new: Path, target: Path, aside: list[Path]) -> None:
 
 
 def _rename(new: Path, target: Path) -> None:
-    """Rename a new folder to `target`; refuse to replace anything but an empty folder."""
+    """Rename the folder `new` to `target`; raise OutputError if `target` exists and is not an empty folder."""
     try:
         os.rename(new, target)
     except OSError as error:
@@ -357,18 +362,18 @@ def _rename(new: Path, target: Path) -> None:
 
 
 def leftovers(folder: str | Path) -> list[Path]:
-    """Find the hidden folders in which an interrupted call of `replace_folder` has left earlier versions of a folder.
+    """Find earlier versions of a folder that interrupted calls of `replace_folder` have left in hidden folders.
 
     Parameters
     ----------
     folder : str or pathlib.Path
-        Final folder of the interrupted call.
+        Folder that the interrupted calls were to replace.
 
     Returns
     -------
     list of pathlib.Path
-        Hidden folders next to `folder`; empty if there are none. Each has the content of one earlier version, which is
-        incomplete if its deletion was interrupted.
+        Hidden folders next to `folder`; an empty list if there are none. Each hidden folder contains one earlier
+        version of `folder`. The version is incomplete if the call was interrupted while it deleted the version.
     """
     target = Path(folder)
     start = f".{target.name[:_NAME]}."
@@ -389,7 +394,7 @@ def check_path(path: str | Path, what: str = "report", example: str = "report.ht
     what : str
         Description of the file's content, for the message.
     example : str
-        File name that the message suggests if the path is a folder or empty.
+        File name that the message suggests if the path is empty or is an existing folder.
 
     Returns
     -------
@@ -399,7 +404,8 @@ def check_path(path: str | Path, what: str = "report", example: str = "report.ht
     Raises
     ------
     OutputError
-        The path is empty, a folder or too long, or its folder does not exist or is not writable.
+        The path is empty, is too long, or is an existing folder. Also raised if the folder that would contain the file
+        does not exist or is not writable.
 
     Examples
     --------
@@ -437,7 +443,7 @@ _NAME = 40
 
 
 def _sibling(target: Path, suffix: str) -> Path:
-    """Unique path in the folder of `target`, with a hidden name that ends with a period and `suffix`."""
+    """Unique hidden path in the folder that contains `target`; its name ends with a period and `suffix`."""
     return target.parent / f".{target.name[:_NAME]}.{uuid.uuid4().hex[:12]}.{suffix}"
 
 

@@ -1,4 +1,4 @@
-"""The function `generate`, with checks of the arguments and warnings; `elakit.pipeline_call` calls the pipeline."""
+"""The function `generate`, which checks its arguments and warns the user; `elakit.pipeline_call` calls the pipeline."""
 
 from __future__ import annotations
 
@@ -88,59 +88,61 @@ def generate(
     predicted: bool = False,
     progress: bool = True,
 ) -> Run | list[Run]:
-    """Generate an image, or one image per seed in a batch, with recorded attention and, if requested, guidance.
+    """Generate one image, or a batch with one image per seed, with recorded attention and optional guidance.
 
-    The noise depends on the seed alone. A guided run starts from the plain run's noise, and a plain run produces the
-    image of ``pipe(prompt, generator=torch.Generator().manual_seed(seed))`` (for PixArt, Sana and HunyuanDiT, of this
-    call with ``use_resolution_binning=False``). In a batch, each image is guided by its own loss, and differs only by
-    floating-point rounding from the image that its seed gives alone.
+    The initial noise depends on the seed alone, so plain and guided runs with the same seed start from the same noise.
+    A plain run produces the same image as ``pipe(prompt, generator=torch.Generator().manual_seed(seed))``. For PixArt,
+    Sana and HunyuanDiT, this call also needs ``use_resolution_binning=False``. In a batch, each image is guided by its
+    own loss. Except for floating-point rounding, each image of a batch equals the image that its seed gives without a
+    batch.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
-        A pipeline from `elakit.load`, or your own. Pipelines that take an image (image-to-image, inpainting,
-        ControlNet) receive it through `call`, and cannot be guided.
+        A pipeline from `elakit.load`, or your own. Image-to-image, inpainting and ControlNet pipelines receive their
+        input image through `call`, and cannot be guided.
     prompt : str or Prompt
         Prompt to generate.
     seed : int or sequence of int
         Seed of the initial noise; a sequence generates one image per seed in one batch.
     steps : int, optional
-        Number of denoising steps; by default the model's (25 for picture-world, otherwise the pipeline's own default).
+        Number of denoising steps. The default is 25 for picture-world, and otherwise the pipeline's own default.
     guidance_scale : float, optional
-        Classifier-free guidance scale; by default the model's (4 for picture-world). 1 or less switches
-        classifier-free guidance off. In guidance-distilled models (FLUX.1) the scale is an input of each pass, and 1
-        does not switch guidance off.
+        Classifier-free guidance scale. The default is 4 for picture-world, and otherwise the pipeline's own default. A
+        scale of 1 or less switches classifier-free guidance off. In guidance-distilled models (FLUX.1), by contrast,
+        the scale is an input of the denoiser, and a scale of 1 does not switch guidance off.
     height, width : int, optional
-        Size of the image in pixels; by default the model's.
+        Size of the image in pixels. The default is the usual size of the model.
     negative_prompt : str, optional
         Negative prompt. It has an effect only with classifier-free guidance. FLUX.1 and FLUX.2 refuse it.
     guidance : Method, optional
         A guidance method, for example ``elakit.ELA()``; None generates without guidance.
     guide_if : callable, optional
-        Function that decides which images are guided, such as ``elakit.prediction.load_predictor().guide_if()``. It is
-        called with the `Progress` after each step until it returns True, False, or a list with one of these per image;
-        returning None postpones the decision. No image is guided before the decision, and images with the answer False
-        are never guided. Default: all images are guided from the start.
+        Function that decides which images are guided, such as ``elakit.prediction.load_predictor().guide_if()``. The
+        function is called with the `Progress` of the run after each step, until it decides. It returns True or False
+        for all images, a list with True or False for each image, or None to postpone the decision. No image is guided
+        before the decision, and images with False are never guided. By default, all images are guided from the start.
     record : bool or RecordSpec
-        True records the attention to the prompt's words in every step and layer, averaged over heads; False records
-        nothing; a `RecordSpec` selects what is recorded.
+        True records the attention to the prompt's words in every step and layer, averaged over heads. False records
+        nothing. A `RecordSpec` selects what is recorded.
     call : mapping, optional
-        Further arguments of the pipeline's call, by name: ``{"image": photo, "strength": 0.6}`` for image-to-image.
-        They are refused with guidance, whose own passes of the denoiser would not see them.
+        Further arguments of the pipeline's call, by name, such as ``{"image": photo, "strength": 0.6}`` for
+        image-to-image. With guidance, further arguments raise a SettingError, because the denoiser calls of the
+        guidance method would not receive them.
     stop_if : callable, optional
-        Function that is called with the `Progress` after each step, before guidance moves the latents for the next one.
-        If it returns True, the run ends: the image is decoded from the latents of that step, and
-        ``settings["stopped"]`` is the number of completed steps.
+        Function that is called with the `Progress` of the run after each step, before guidance moves the latents for
+        the next step. If the function returns True, the run ends. The image is then decoded from the latents of the
+        last completed step, and ``settings["stopped"]`` is the number of completed steps.
     predicted : bool
-        Whether `Run.predicted` keeps the image that each step predicts, for the explorer. This takes one call of the
-        VAE decoder per step. Pipelines that take an image refuse it.
+        Whether `Run.predicted` keeps the image that each step predicts, which `elakit.explore` can show. Each step then
+        needs an additional call of the VAE decoder. True is not allowed for pipelines that take an image.
     progress : bool
         Whether the pipeline shows its progress bar.
 
     Returns
     -------
     Run, or list of Run
-        A list with one run per seed if `seed` is a sequence.
+        One run if `seed` is an int; a list with one run per seed if `seed` is a sequence.
 
     Raises
     ------
@@ -150,16 +152,17 @@ def generate(
     PromptError
         Raised when the prompt cannot be parsed.
     ModelError
-        Raised when the pipeline's family is not supported, or when it works with `elakit.record` but not with this
-        function. With guidance, also raised when the pipeline was loaded within `torch.inference_mode`.
+        Raised when this function does not support the pipeline's family, even if `elakit.record` supports it. Also
+        raised when guidance is requested and the pipeline was loaded within `torch.inference_mode`.
     RecordingError
         Raised when the run cannot be recorded, for the reasons listed in `elakit.record`.
 
     Warns
     -----
     UserWarning
-        Warns when guidance acts at no step, for example because there are too few; when guided steps left the latents
-        unchanged because the gradient was not finite; and when the pipeline's safety checker replaced an image.
+        Warns when guidance acts at no step, for example because the run has too few steps. Also warns when a guided
+        step left the latents unchanged because the gradient was not finite. Also warns when the pipeline's safety
+        checker replaced an image.
 
     Examples
     --------
@@ -168,8 +171,14 @@ def generate(
     >>> run = elakit.generate(pipe, "a [cat] and a [lion]", seed=1, steps=2, progress=False)
     >>> run
     Run('a cat and a lion', seed=1, plain, 2 steps, 128 x 128 pixels, recorded)
+
+    At each step, no location is in the regions of two entities:
+
     >>> run.regions.dims, bool((run.regions.sum("entity") > 1).any())
     (('step', 'entity', 'y', 'x'), False)
+
+    Several seeds give one run each:
+
     >>> [r.seed for r in elakit.generate(pipe, "a [cat] and a [lion]", seed=[1, 2], steps=2, progress=False)]
     [1, 2]
 
@@ -248,14 +257,17 @@ def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if
 
 
 def _takes_image(adapter: Adapter, call: Mapping[str, Any]) -> bool:
-    """True for image-to-image, inpainting, ControlNet and similar calls, which require an image or are given one."""
+    """True if the pipeline requires an input image, or if `call` contains one, as in image-to-image and ControlNet."""
     if "image" not in inspect.signature(adapter.pipe.__call__).parameters:
         return False
     return call.get("image") is not None or not adapter.image_optional
 
 
 def _call_arguments(adapter: Adapter, call: Mapping[str, Any] | None, guidance: Method | None) -> dict[str, Any]:
-    """Check the argument `call` of `generate`, and return it as a dictionary."""
+    """Check the argument `call` of `generate`, and return it as a dictionary.
+
+    With guidance, `call` must be empty, and the pipeline must not require an image.
+    """
     kind = type(adapter.pipe).__name__
     if call is not None and not isinstance(call, Mapping):
         checks.refuse(call, "call", 'a dictionary of arguments of the pipeline, such as {"strength": 0.6}')
@@ -316,7 +328,10 @@ def _normal_mode() -> Iterator[None]:
 
 
 def _warn_if_inactive(guide: Guide, steps: int) -> None:
-    """Warn when a method acts at no step of a run, as with one or two steps, although no option switches it off."""
+    """Warn if guidance acts at no step of a run, for example because the run has only one or two steps.
+
+    There is no warning if an option of the method, such as ``guided=0``, switches guidance off.
+    """
     acts = any(update.size or update.hold for update in guide.updates) or isinstance(guide.method, NoiseSearch)
     switches = ("step_size", "strength", "guided")
     options = option_values(guide.method)

@@ -59,7 +59,7 @@ def lab(
 
 
 def copy_notebooks(source: Path, target: Path) -> None:
-    """Copy the notebooks of a folder to another one, except those that already exist there.
+    """Copy the notebooks in `source` to the folder `target`; notebooks that already exist in `target` are skipped.
 
     Raises
     ------

@@ -1,4 +1,7 @@
-"""Numbers in text: steps, which count from 1 in text and figures and from 0 in arrays, counted things, and indices."""
+"""Text that contains numbers: names of steps, counts with a noun, and ranges of indices.
+
+Steps count from 1 in text and figures, and from 0 in arrays.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +30,16 @@ def step_number(index: int) -> int:
 
 
 def step_name(index: int, total: int | None = None) -> str:
-    """Name of a step in text and figures: "step 1 of 25".
+    """Name of a step in text and figures, such as "step 1 of 25".
 
     Parameters
     ----------
     index : int
         Coordinate of the step in arrays and tables, counted from 0.
     total : int, optional
-        Number of steps of the run. The name is "step 5" without a total if `total` is None, or smaller than the number
-        of the step. Indices exceed the number of steps with a scheduler such as Heun, because arrays count denoiser
-        calls, and Heun makes two per step.
+        Number of steps of the run. If `total` is None, or smaller than the number of the step, the name is short, such
+        as "step 5". The number of the step can exceed `total` with a scheduler such as Heun: arrays count denoiser
+        calls, and Heun makes two calls per step.
 
     Returns
     -------
@@ -53,7 +56,7 @@ def step_name(index: int, total: int | None = None) -> str:
 
 
 def plural(word: str, count: int) -> str:
-    """The form of a word for a count: the plural, unless the count is 1.
+    """Singular or plural of a noun: `word` itself if `count` is 1, otherwise its plural.
 
     Examples
     --------
@@ -64,7 +67,7 @@ def plural(word: str, count: int) -> str:
 
 
 def number_of(count: int, word: str) -> str:
-    """A count with its word.
+    """Text with a count and a noun. The noun is in the plural, unless the count is 1.
 
     Examples
     --------
@@ -75,7 +78,9 @@ def number_of(count: int, word: str) -> str:
 
 
 def an_index(count: int) -> str:
-    """The allowed indices of a number of things, for a message that says "give ...".
+    """Text that names the valid indices of a sequence with `count` items.
+
+    Error messages use the text after the word "give".
 
     Examples
     --------

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 class Pipeline(Protocol):
-    """A diffusers pipeline of any supported family, as elakit's functions accept it.
+    """Type of the argument ``pipe`` of elakit's functions: a diffusers pipeline of any supported family.
 
-    This type declares only what diffusers declares for every pipeline, so that type checkers accept the pipelines of
-    diffusers. The classes of pipelines do not declare their components (``unet`` or ``transformer``, text encoders,
-    ``vae``, ``scheduler``), which are set when a pipeline is created. Adapters use the components through
-    `SupportedPipeline` and its subclasses.
+    This type declares only attributes and methods that diffusers declares for every pipeline. Type checkers therefore
+    accept every diffusers pipeline as a `Pipeline`. Components such as ``unet``, ``vae`` and ``scheduler`` are not
+    declared here, because diffusers does not declare them. Adapters use these components through `SupportedPipeline`
+    and its subclasses.
 
     Examples
     --------
@@ -27,7 +27,7 @@ class Pipeline(Protocol):
 
     @property
     def config(self) -> Any:
-        """Configuration: classes of the components, and values that the pipeline was created with."""
+        """Configuration of the pipeline: the classes of its components, and other arguments of its constructor."""
 
     @property
     def device(self) -> torch.device:
@@ -37,11 +37,11 @@ class Pipeline(Protocol):
         """Configure the progress bar of a call."""
 
     def maybe_free_model_hooks(self) -> Any:
-        """Move components back to the CPU after a call, if they are offloaded."""
+        """Move the components back to the CPU after a call, if the pipeline uses CPU offloading."""
 
 
 class SupportedPipeline(Pipeline, Protocol):
-    """A pipeline that an adapter supports: components and methods that all families have."""
+    """Type of a pipeline that an adapter supports, with the components and methods that all model families have."""
 
     scheduler: Any
     vae: Any
@@ -51,10 +51,10 @@ class SupportedPipeline(Pipeline, Protocol):
 
     @property
     def _execution_device(self) -> torch.device:
-        """Device on which a call computes; that of the weights, unless they are offloaded."""
+        """Device on which a call computes, even while the weights are offloaded to another device."""
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """Text states of a prompt, in the format of the model family."""
+        """Encode a prompt; the format of the result depends on the model family."""
 
 
 class UNetPipeline(SupportedPipeline, Protocol):
@@ -85,6 +85,9 @@ class PackedPipeline(TransformerPipeline, Protocol):
 
 
 class HasTokenizer(Protocol):
-    """Any object with a CLIP tokenizer; this is all that `elakit.parse` needs, because parsing runs no model."""
+    """Type of an object whose attribute ``tokenizer`` is a CLIP tokenizer.
+
+    `elakit.parse` accepts such an object instead of a pipeline, because parsing runs no model.
+    """
 
     tokenizer: Any

@@ -1,4 +1,4 @@
-"""One call of a pipeline: prepared from a checked request, recorded and guided step by step, and collected as runs."""
+"""One call of a pipeline for `elakit.generate`: its preparation, its steps, and the resulting runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """State of a run after one of its steps, which `generate` passes to ``stop_if`` and ``guide_if``.
+    """State of a run after one step: the argument of the functions ``stop_if`` and ``guide_if`` of `generate`.
 
     Attributes
     ----------
@@ -42,17 +42,18 @@ class Progress:
     steps : int
         Number of steps of the whole run.
     latents : torch.Tensor
-        Latents in the pipeline's format, one row per image.
+        Latents after this step in the pipeline's format, one row per image.
     runs : callable
-        ``runs()`` returns the runs in their present state, as a list of one `Run` per image. The images are decoded
-        from the latents, which are noisy before the end; recordings and traces contain the steps so far. Measures,
-        regions, figures and features can be computed from these runs as from finished ones. With
-        ``runs(decode=False)``, the VAE decoder is not called, and the images are blank. With ``runs(predicted=True)``,
-        the images are decoded from the clean latents that the step predicts, and show what the final image will be
-        like; if the scheduler's prediction type is unknown, they are decoded from the latents themselves.
+        ``runs()`` returns a list with one unfinished `Run` per image. Recordings and traces contain the steps so far.
+        Measures, regions and figures can be computed as for finished runs. The images are decoded from the present
+        latents, so they are noisy before the last step.
+
+        ``runs(decode=False)`` does not call the VAE decoder, and the images are black. ``runs(predicted=True)`` decodes
+        the clean latents that the step predicts, so the images resemble the final images. If the scheduler's prediction
+        type is unknown, ``runs(predicted=True)`` decodes the present latents.
     states : sequence
         State of the guidance method for each image, as the method's ``begin`` returned it; empty for a plain run. With
-        ELA, each state is an `elakit.guidance.Anchors`, whose method ``steer(regions)`` sets the regions for the
+        ELA, each state is an `elakit.guidance.Anchors`. Its method ``steer(regions)`` sets the regions for the
         following steps.
     """
 
@@ -67,23 +68,26 @@ GuideIf = Callable[[Progress], bool | Sequence[bool] | None]
 
 
 class _Stopped(Exception):
-    """Raised to end a pipeline's call after the step at which ``stop_if`` returned True."""
+    """Raised to end a pipeline's call when ``stop_if`` returns True; `progress` is the state at that step."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
 
 class _Rehearsed(Exception):
-    """Raised to end the plain steps that `_rehearse` runs."""
+    """Raised to end the plain steps that a guidance method observes before the run itself."""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Arguments of `generate` after their checks, with the model's default steps and guidance scale filled in.
+    """Checked arguments of `elakit.generate`.
 
-    Two fields are not arguments of `generate`: ``adapter`` is the adapter of the pipeline, and ``takes_image`` is True
-    if the pipeline's call requires an image or was given one. ``seeds`` has all seeds, also if there is only one.
-    ``record`` is None if nothing is recorded. ``predicted`` is True if the image that each step predicts is kept.
+    The model's defaults replace a missing number of steps and a missing guidance scale. ``seeds`` is always a sequence,
+    even for a single seed. ``record`` is None if nothing is recorded. ``predicted`` is True if each run keeps the
+    images that its steps predict.
+
+    Two fields are not arguments of `elakit.generate`. ``adapter`` is the adapter of the pipeline. ``takes_image`` is
+    True if the pipeline's call receives an input image.
     """
 
     adapter: Adapter
@@ -105,21 +109,23 @@ class Request:
 
 
 class PipelineCall:
-    """One call of a pipeline: prepared from a request, then run, then collected as runs.
+    """One call of a pipeline: the constructor prepares the call, `run` makes it, and `collect` returns the runs.
 
     Attributes
     ----------
     request : Request
+        Checked arguments of `elakit.generate`.
     prompt : Prompt
+        The parsed prompt.
     height, width : int
-        Requested size of the image in pixels, by default the model's. If the call takes an input image, the result may
-        have the size of that image instead.
+        Size of the image in pixels that the caller requested, or the model's default size. If the call takes an input
+        image, the result may have the size of the input image instead.
     settings : dict
-        `Run.settings` so far.
+        Settings of the call, which `collect` copies to ``settings`` of each run.
     arguments : dict
-        Arguments of the pipeline's call.
+        Arguments of the pipeline's ``__call__``.
     guide : Guide or None
-        Guidance; None for a plain run.
+        Object that applies the guidance method during the call; None for a plain run.
     """
 
     def __init__(self, request: Request) -> None:
@@ -165,7 +171,11 @@ class PipelineCall:
         return settings | ({"call": _listed(request.call)} if request.call else {})
 
     def _arguments(self, conditioning: Conditioning) -> dict[str, Any]:
-        """Arguments of the pipeline's call, with the noise of the seeds unless the pipeline takes an image."""
+        """Arguments of the pipeline's ``__call__`` by name.
+
+        The argument ``latents`` is the initial noise, sampled from the seeds. If the call takes an input image, this
+        argument is absent.
+        """
         request = self.request
         arguments: dict[str, Any] = {
             "num_inference_steps": request.steps,
@@ -182,14 +192,14 @@ class PipelineCall:
         return arguments | {"height": self.height, "width": self.width, "latents": noise}
 
     def run(self) -> tuple[Sequence[Image.Image], Sequence[bool] | None]:
-        """Call the pipeline, with the recording and the guidance of the request.
+        """Call the pipeline, with the recording and the guidance that the request asks for.
 
         Returns
         -------
         images : sequence of PIL.Image.Image
             One image per seed.
         replaced : sequence of bool or None
-            Whether the safety checker replaced each image; None if the pipeline has none.
+            For each image, True if the safety checker replaced it. None if no safety checker was applied.
         """
         request, pipe = self.request, self.pipe
         if self.guide is not None:
@@ -216,10 +226,11 @@ class PipelineCall:
         return images, replaced
 
     def _start_guidance(self, guide: Guide) -> None:
-        """Let the guidance method observe some plain steps if it needs them, and change the initial noise.
+        """Prepare the guidance method: first let it observe plain steps, then let it change the initial noise.
 
-        The plain steps start from the noise of the run; the run itself then starts again from its first step. The noise
-        is not changed if the request has ``guide_if``.
+        Some methods observe no plain steps, and some do not change the noise. The plain steps start from the initial
+        noise of the run. The run itself then starts at its first step. If the request has ``guide_if``, the noise is
+        never changed.
         """
         if guide.rehearse(lambda enough: _rehearse(self.pipe, self.arguments, self.generators, enough)):
             self.adapter.set_timesteps(self.request.steps, self.height, self.width)  # the run starts again
@@ -228,7 +239,10 @@ class PipelineCall:
             self.arguments["latents"] = guide.start(self.arguments["latents"], self._noise_scale, first)
 
     def _after_step(self, step: int, latents: Tensor) -> Tensor:
-        """Pass the progress to ``stop_if`` and ``guide_if``, and return the latents, which guidance may have moved."""
+        """Call ``stop_if`` and ``guide_if`` after a step, and return the latents for the next step.
+
+        Guidance may have moved the returned latents. ``step`` counts from 0.
+        """
         request, guide = self.request, self.guide
         if request.predicted:
             self._kept.append(self._images(step, latents, predicted=True))
@@ -249,18 +263,29 @@ class PipelineCall:
         return latents if self._undecided else guide.on_step_end(step, latents)
 
     def _present_runs(self, step: int, latents: Tensor, decode: bool = True, predicted: bool = False) -> list[Run]:
-        """Runs in their state after a step; see `Progress.runs`."""
+        """Unfinished runs after a step, one per image.
+
+        ``step`` counts from 0, and ``latents`` are the latents after this step. If ``decode`` is False, the images of
+        the runs are black. If ``predicted`` is True, the images show the clean latents that the step predicts.
+        """
         if decode:
             return self._runs(self._images(step, latents, predicted))
         return self._runs([Image.new("RGB", (self.width, self.height))] * len(self.request.seeds))
 
     def _images(self, step: int, latents: Tensor, predicted: bool) -> list[Image.Image]:
-        """Images of the latents after a step, or of the clean latents that the step predicts."""
+        """Images decoded after a step: from ``latents``, or from the clean latents that the step predicts.
+
+        If ``predicted`` is True, the clean latents are decoded. If the clean latents are unknown, ``latents`` are
+        decoded instead.
+        """
         clean = self._watched.predicted(step) if predicted and self._watched is not None else None
         return self.adapter.decode(latents if clean is None else clean.to(latents.dtype), self.height, self.width)
 
     def _runs(self, images: Sequence[Image.Image], replaced: Sequence[bool] | None = None) -> list[Run]:
-        """One run per seed, with what has been recorded so far."""
+        """One run per seed, with the given images and everything that was recorded so far.
+
+        ``replaced`` states for each image whether the safety checker replaced it. None: no image was replaced.
+        """
         seeds, recording = self.request.seeds, self._recording
         return [
             Run(
@@ -281,9 +306,9 @@ class PipelineCall:
         ]
 
     def collect(self, images: Sequence[Image.Image], replaced: Sequence[bool] | None) -> list[Run]:
-        """Finished runs, from the images and flags that `run` returned.
+        """Finished runs, one per image, from ``images`` and ``replaced``, the results of `run`.
 
-        If the request has ``guide_if``, ``settings["guided"]`` of each run is the decision for its image.
+        If the request has ``guide_if``, ``settings["guided"]`` of each run states whether its image was guided.
         """
         runs = self._runs(images, replaced)
         if self.guide is not None and self.request.guide_if is not None:
@@ -304,9 +329,10 @@ def _listed(call: Mapping[str, Any]) -> str:
 def _rehearse(
     pipe: Pipeline, arguments: Mapping[str, Any], generators: Sequence[torch.Generator], enough: Callable[[int], bool]
 ) -> None:
-    """Run plain steps until ``enough(step)`` returns True, then restore the states of the random generators.
+    """Run plain steps, which a guidance method observes before the run itself.
 
-    A guidance method observes these steps before the run, which starts again from the same noise.
+    The plain steps end when ``enough(step)`` returns True. Then the states of the random generators are restored, so
+    that the run itself uses the same random numbers.
     """
     before = [generator.get_state() for generator in generators]
 
@@ -327,7 +353,7 @@ def _rehearse(
 
 @contextmanager
 def _progress_bar(pipe: Pipeline, shown: bool) -> Iterator[None]:
-    """Switch a pipeline's progress bar on or off, and back afterwards."""
+    """Context in which a pipeline's progress bar is shown or hidden. At its end, the previous setting is restored."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**before, "disable": not shown})
     try:

@@ -44,21 +44,24 @@ class Entity:
     Attributes
     ----------
     text : str
-        The words that name the object: "a red car", or what is inside the brackets if the prompt has any.
+        The words that name the object, such as "a red car". If the prompt marks the object with brackets, `text` is the
+        text inside the brackets.
     noun : str
-        The last of these words, "car".
+        The noun of the object, such as "car".
     attributes : tuple of str
-        Words that describe the object, ("red",).
+        Words that describe the object, such as ("red",).
     token_indices : tuple of int
         Positions of the noun's tokens among all text positions that the denoiser attends to, counted from 0.
     attribute_indices : tuple of int
-        Positions of the tokens of all attributes, in the order of the text.
+        Positions of the attributes' tokens, counted in the same way, in ascending order.
     label : str
         Unique name: the noun in lower case, or "car#1" and "car#2" if the word occurs more than once in the prompt. A
         noun that is spelled like a reserved label is always numbered: "background#1".
 
     Examples
     --------
+    Start-of-text is at position 0, so "a" is at position 1, "red" at 2 and "car" at 3:
+
     >>> import elakit
     >>> car = elakit.parse("a [red car]", elakit.load("picture-world")).entities[0]
     >>> car.noun, car.attributes, car.token_indices, car.attribute_indices
@@ -88,19 +91,23 @@ class Prompt:
     end_index : int
         Position of the first end-of-text token.
     length : int
-        Number of text positions that the denoiser attends to, including padding: 77 for CLIP; for most other text
-        encoders, such as T5, the default of the pipeline's argument ``max_sequence_length``.
+        Number of text positions that the denoiser attends to, including padding. CLIP has 77 positions. Most other text
+        encoders, such as T5, have the default of the pipeline's argument ``max_sequence_length``.
     start_index : int or None
-        Position of start-of-text; None if there is none (T5).
+        Position of start-of-text. None if the text encoder has no such token (T5).
     ends : tuple of (int, int or None)
-        Half-open ranges (start, end) of end-of-text and padding; an end of None means up to the last position. An empty
-        tuple stands for one range, from `end_index` to the last position. There are two ranges if two text encoders
-        read the prompt (CLIP and T5 in Stable Diffusion 3), or if padding precedes the text.
+        Ranges of the positions of end-of-text and padding, as pairs (start, end). The position `end` does not belong to
+        the range. If `end` is None, the range goes to the last position. An empty tuple stands for the usual case: one
+        range from `end_index` to the last position. There are two ranges if two text encoders read the prompt (CLIP and
+        T5 in Stable Diffusion 3), or if padding precedes the text.
     borders : tuple of int
-        Positions in `text` at which a bracket split a word; empty unless the script has no spaces between words.
+        Character positions in `text` at which a bracket split a word. A bracket may split words only in scripts without
+        spaces between words, such as Chinese. In all other scripts, `borders` is an empty tuple.
 
     Examples
     --------
+    Start-of-text is at position 0, so "bird", the seventh word, is at position 7:
+
     >>> import elakit
     >>> prompt = elakit.parse("a [red car] and a [blue bird]", elakit.load("picture-world"))
     >>> prompt.text, [entity.label for entity in prompt.entities], prompt.find("bird")
@@ -126,7 +133,7 @@ class Prompt:
 
     @cached_property
     def word_labels(self) -> tuple[str, ...]:
-        """Unique label of each element of `words`."""
+        """Unique labels of the words, in the order of `words`: "car", or "red#1" and "red#2" if a word occurs twice."""
         return label_words(self.text, self.words)
 
     def end_positions(self, length: int | None = None) -> tuple[int, ...]:
@@ -135,18 +142,26 @@ class Prompt:
         Parameters
         ----------
         length : int, optional
-            Number of text positions in the run, for a call of the pipeline with another ``max_sequence_length`` than
-            its default. Default: the `length` of the prompt.
+            Number of text positions in a run, including padding. Default: the attribute `length`. Give the number if
+            the pipeline was called with another ``max_sequence_length`` than its default.
 
         Returns
         -------
         tuple of int
+            Positions, counted from 0.
 
         Examples
         --------
+        The last three of six positions are end-of-text and padding:
+
         >>> Prompt("a car", (), (), end_index=3, length=6).end_positions()
         (3, 4, 5)
-        >>> Prompt("a car", (), (), 3, 12, ends=((3, 6), (9, None))).end_positions(length=10)
+
+        There are two ranges if two text encoders read the prompt. Here, the second range begins at position 9 and ends
+        with the last of ten positions:
+
+        >>> prompt = Prompt("a car", (), (), end_index=3, length=12, ends=((3, 6), (9, None)))
+        >>> prompt.end_positions(length=10)
         (3, 4, 5, 9)
         """
         length = self.length if length is None else length
@@ -159,23 +174,30 @@ class Prompt:
         Parameters
         ----------
         which : str, int or Entity
-            A word ("car"); the label of a word, a token or an entity ("red#2", "giraffe/1", "car@t5"); consecutive
-            words ("red car"); an `Entity` of this prompt, which stands for its noun; or a position. Case does not
-            matter.
+            Any of the following, in upper or lower case:
+
+            * a word, such as "car", or consecutive words, such as "red car";
+            * the label of a word, such as "red#2";
+            * the label of a token, such as "giraffe/1" or "car@t5";
+            * an `Entity` of this prompt, or the label of an entity; both stand for the noun of the entity;
+            * a position, counted from 0.
 
         Returns
         -------
         tuple of int
             Positions of the tokens among all text positions that the denoiser attends to. If two text encoders read the
-            prompt (Stable Diffusion 3), a word has tokens in the sequences of both.
+            prompt (Stable Diffusion 3), a word has tokens in both sequences.
 
         Raises
         ------
         PromptError
-            Raised when the prompt contains no match or more than one, or a position is outside the sequence.
+            Raised when the prompt contains no match or several matches. Also raised when a position is outside the
+            sequence.
 
         Examples
         --------
+        The word "red" has one token, at position 1. The word "giraffe" has two tokens, at positions 2 and 3:
+
         >>> prompt = Prompt.from_dict({
         ...     "text": "red giraffe", "entities": [], "end_index": 4, "length": 8, "tokens": [
         ...     {"index": 1, "text": "red", "label": "red", "word": 0},
@@ -216,9 +238,9 @@ class Prompt:
     def matches(self, pipe: Pipeline | HasTokenizer) -> bool:
         """Return True if a pipeline's tokenizer splits the text into the tokens of this prompt, at the same positions.
 
-        A prompt that was parsed for another family of models does not match: the first token of a prompt is at position
-        1 in CLIP and at position 0 in T5. ``parse(prompt, pipe)`` returns the prompt with the positions of the new
-        pipeline and the same entities.
+        A prompt that was parsed for another family of models usually does not match. For example, the first word is at
+        position 0 in T5, but at position 1 in CLIP, where start-of-text precedes it. ``parse(prompt, pipe)`` returns a
+        prompt with the same entities and with the token positions of `pipe`.
 
         Parameters
         ----------
@@ -287,9 +309,10 @@ class Prompt:
 
 
 class _Marked(NamedTuple):
-    """An entity before its tokens are known: its span of characters, and the indices of its noun and attributes.
+    """An entity whose tokens are not known yet.
 
-    The indices are those in `Prompt.words`.
+    `span` is the half-open range (start, end) of the entity's characters in the text. `noun` is the index of the noun
+    in `Prompt.words`, and `attributes` has the indices of the attributes.
     """
 
     span: Span
@@ -300,20 +323,25 @@ class _Marked(NamedTuple):
 def parse(text: str | Prompt, pipe: Pipeline | HasTokenizer, nlp: Any = None) -> Prompt:
     """Read the entities of a prompt and find their tokens.
 
-    Entities are the noun phrases of the text; `elakit.english.phrases` lists the exceptions, such as "a photo of" and
-    the setting "in the library". Brackets override this: each pair of brackets encloses one entity, and the text
-    outside of brackets names none. The last word in the brackets is the noun, and the others are its attributes, except
-    articles, "and" and "or". No spaCy model is needed then. Punctuation, numbers, emoji and weights in the syntax of
-    other tools, as in "(red car:1.3)", are neither nouns nor attributes.
+    Without brackets, the noun phrases of the text are the entities, and a spaCy model finds them.
+    `elakit.english.phrases` lists the exceptions, such as "a photo of" and the setting "in the library".
 
-    In scripts that write words without spaces (Chinese, Japanese, Thai), brackets may begin and end anywhere in a line.
-    The characters that they enclose count as one word, the noun, unless spaces divide them into several words.
+    With brackets, each pair of brackets encloses one entity, and the text outside of brackets names no entity. The last
+    word in a pair of brackets is the noun. The other words are attributes, except articles, "and" and "or". A prompt
+    with brackets needs no spaCy model.
+
+    Punctuation, numbers and emoji are neither nouns nor attributes. The same holds for a weight, such as 1.3 in
+    "(red car:1.3)".
+
+    Some scripts have no spaces between words (Chinese, Japanese, Thai). In these scripts, brackets may begin and end
+    inside a word. The enclosed characters then count as one word, the noun. If spaces divide the enclosed characters,
+    each part counts as one word.
 
     Parameters
     ----------
     text : str or Prompt
-        The prompt. A parsed prompt is returned unchanged if it matches `pipe` (see `Prompt.matches`); otherwise it is
-        returned with the same entities and the tokens of `pipe`.
+        The prompt. A parsed prompt is returned unchanged if it matches `pipe` (see `Prompt.matches`). Any other parsed
+        prompt is returned with the same entities and with the tokens of `pipe`.
     pipe : diffusers.DiffusionPipeline or object
         A pipeline, or any object with a ``tokenizer``.
     nlp : spacy.language.Language, optional
@@ -327,16 +355,19 @@ def parse(text: str | Prompt, pipe: Pipeline | HasTokenizer, nlp: Any = None) ->
     Raises
     ------
     PromptError
-        Raised when the text is empty, too long for the text encoder or names no entity; when it has letters of a
-        script other than Latin, without brackets or `nlp`; when its brackets are unbalanced, nested, empty, or split a
-        word; when the tokenizer has no token for a noun; or when the text contains a special token, an unpaired
-        surrogate, or a textual inversion with several vectors.
+        Raised when the text is empty, is too long for the text encoder, or names no entity. Also raised when brackets
+        are unbalanced, nested or empty, or split a word of a script with spaces. Also raised when a text without
+        brackets has letters that are not Latin, and `nlp` is not given. Also raised when the tokenizer has no token for
+        a noun. Also raised when the text contains a special token, an unpaired surrogate, or a textual inversion with
+        several vectors.
     ModelError
-        Raised when `pipe` has no tokenizer, when its tokenizer cannot be aligned to words or has no maximum length, or
-        when no spaCy model is installed.
+        Raised when `pipe` has no tokenizer, or when a text without brackets needs a spaCy model and none is installed.
+        Also raised when the tokenizer cannot be aligned to words, or has no maximum length.
 
     Examples
     --------
+    The tokenizer of this example has start-of-text at position 0, then one token per word, then end-of-text:
+
     >>> from types import SimpleNamespace
     >>> class OneTokenPerWord:  # a stand-in for a pipeline's tokenizer
     ...     model_max_length = 12
@@ -383,7 +414,7 @@ def parse(text: str | Prompt, pipe: Pipeline | HasTokenizer, nlp: Any = None) ->
 
 
 def _for_pipeline(prompt: Prompt, pipe: Pipeline | HasTokenizer) -> Prompt:
-    """Return the same text and entities with the tokens of another pipeline."""
+    """Return a `Prompt` with the text and the entities of `prompt`, but with the tokens of another pipeline."""
     tokens, end_index, length, start_index, ends = _positions(
         _read_tokens(prompt.text, prompt.words, prompt.word_labels, pipe)
     )
@@ -425,7 +456,7 @@ def _read_tokens(text: str, words: Sequence[Span], labels: Sequence[str], pipe: 
 def _positions(
     found: Tokens,
 ) -> tuple[tuple[Token, ...], int, int, int | None, tuple[tuple[int, int | None], ...]]:
-    """Return tokens, end_index, length, start_index and ends, with the meanings of these attributes of `Prompt`."""
+    """Convert the result of `tokenize` to attributes of `Prompt`: tokens, end_index, length, start_index, ends."""
     ends = found.ends if len(found.ends) > 1 else ()
     return found.tokens, found.ends[0][0], found.length, found.start, ends
 
@@ -477,10 +508,11 @@ def _check_text(text: str, pipe: Pipeline | HasTokenizer, tokenizer: Any) -> Non
 
 
 def _read_brackets(text: str) -> tuple[str, list[tuple[Span, int]]]:
-    """Return the text without brackets, and what each pair of brackets enclosed, as (span, position).
+    """Remove the brackets from a text.
 
-    The span is that of the enclosed characters in the text without brackets. The position is that of the opening
-    bracket in the original text, counted from 1.
+    Returns the text without brackets, and a list with a pair (span, position) for each pair of brackets. `span` is the
+    half-open range (start, end) of the enclosed characters in the text without brackets. `position` is the position of
+    the opening bracket in the original text, counted from 1.
     """
     plain: list[str] = []
     found: list[tuple[Span, int]] = []
@@ -540,9 +572,11 @@ def _in_english(text: str, words: Sequence[Span], nlp: Any) -> list[_Marked]:
 
 
 def _without_markup(text: str, span: Span) -> Span:
-    """Cut a span to what follows a "(" that it does not close, and extend it by the ">" of a textual inversion.
+    """Correct the span of a noun phrase that ends inside round brackets or inside the name of a textual inversion.
 
-    The span of "a (red car" becomes that of "red car", and the span of "a <cat-toy" that of "a <cat-toy>".
+    A span is a range (start, end) of characters. If the phrase has a "(" without a ")", the span is cut to the part
+    after the "(". For example, "a (red car" becomes "red car". If the phrase lacks the ">" of a textual inversion, the
+    span is extended by this character. For example, "a <cat-toy" becomes "a <cat-toy>".
     """
     first, last = span
     if text[last : last + 1] == ">" and text.rfind("<", first, last) > text.rfind(">", first, last):

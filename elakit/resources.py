@@ -1,7 +1,7 @@
-"""Paths of the shipped data and notebooks.
+"""Paths of the data and the notebooks that are shipped with elakit.
 
-An installed package contains them in ``elakit/_data`` and ``elakit/_notebooks``. A checkout of the repository has the
-folders ``data`` and ``notebooks`` at its root.
+An installed package has the data in ``elakit/_data`` and the notebooks in ``elakit/_notebooks``. A checkout of the
+repository has the folders ``data`` and ``notebooks`` at its root.
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ from pathlib import Path
 
 
 def data_path(*parts: str) -> Path:
-    """Path of a file or folder in the shipped ``data`` folder."""
+    """Path of a file or folder in the ``data`` folder that is shipped with elakit.
+
+    `parts` are the components of the path below ``data``. Without `parts`, the path of ``data`` is returned.
+    """
     return _shipped("data").joinpath(*parts)
 
 
 def notebooks_path() -> Path:
-    """Folder of the shipped notebooks; it may not exist."""
+    """Path of the folder with the notebooks that are shipped with elakit.
+
+    The path is returned even if the folder does not exist.
+    """
     return _shipped("notebooks")
 
 

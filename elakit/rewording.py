@@ -1,9 +1,11 @@
 """Other wordings of a prompt: its entities in brackets, in reverse order, or joined by "next to".
 
-Each entity keeps its noun and its attributes, and the new wording marks each entity by brackets. Brackets cannot be
-inserted into a prompt in which an attribute follows its noun, as in "a car that is red and a bird". `bracketed` returns
-such a prompt unchanged. `swapped` and `next_to` write its entities again, with the attributes first, and drop all other
-words: "a [bird] and a [red car]", "a [red car] next to a [bird]".
+Brackets enclose the attributes and the noun of an entity: "a [red car]". `elakit.parse` reads the text in each
+pair of brackets as one entity. A new wording has brackets around each entity, and keeps its attributes and noun.
+
+Brackets cannot enclose an entity whose attribute follows the noun, as in "a car that is red and a bird". `bracketed`
+returns this prompt unchanged. `swapped` and `next_to` keep only the entities of this prompt, and write the attributes
+first. `swapped` returns "a [bird] and a [red car]", and `next_to` returns "a [red car] next to a [bird]".
 """
 
 from __future__ import annotations
@@ -27,14 +29,18 @@ _SEPARATOR = re.compile(r"\band\b|[&+,]", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class _Phrase:
-    """Two spans of an entity in the text: `span` includes its article, and `inside` is what the brackets enclose."""
+    """Position of an entity in a text, as two spans. A span is (start, end) in characters, the end excluded.
+
+    `span` is the position of the entity with its article, such as "a red car". `inside` is the position of the part
+    that brackets enclose: "red car".
+    """
 
     span: Span
     inside: Span
 
 
 def entity_spans(prompt: Prompt) -> list[tuple[int, int, str]]:
-    """Return the positions of the entities in the text.
+    """Return the position of each entity in the text of a prompt.
 
     Parameters
     ----------
@@ -43,8 +49,8 @@ def entity_spans(prompt: Prompt) -> list[tuple[int, int, str]]:
     Returns
     -------
     list of (int, int, str)
-        (start, end, label) of each entity that is found in the text: the positions of its first character and of the
-        character after its last one, and its label.
+        (start, end, label) of each entity. Start and end are in characters, the end excluded. Entities that are not
+        found in the text are left out.
     """
     found, at = [], 0
     for entity in prompt.entities:
@@ -57,7 +63,9 @@ def entity_spans(prompt: Prompt) -> list[tuple[int, int, str]]:
 
 
 def bracketed(prompt: Prompt) -> str:
-    """Return the prompt with its entities in brackets; `elakit.parse` reads the same entities from it, without spaCy.
+    """Return the text of a prompt with each entity in brackets.
+
+    From a text with brackets, `elakit.parse` reads the same entities, and does not need spaCy.
 
     Parameters
     ----------
@@ -66,14 +74,17 @@ def bracketed(prompt: Prompt) -> str:
     Returns
     -------
     str
-        The text with brackets; the unchanged text if brackets cannot mark one of the entities, such as "a car that is
-        red".
+        The text with brackets. Brackets cannot mark an entity whose attribute follows the noun, such as "a car that is
+        red". The text is then returned unchanged.
 
     Examples
     --------
+    The text of a parsed prompt has no brackets; `bracketed` inserts brackets:
+
     >>> import elakit
-    >>> bracketed(elakit.parse("a [bear] and a [blue clock]", elakit.load("picture-world")))
-    'a [bear] and a [blue clock]'
+    >>> prompt = elakit.parse("a [bear] and a [blue clock]", elakit.load("picture-world"))
+    >>> prompt.text, bracketed(prompt)
+    ('a bear and a blue clock', 'a [bear] and a [blue clock]')
     """
     found = _phrases(prompt)
     if found is None:
@@ -86,7 +97,7 @@ def bracketed(prompt: Prompt) -> str:
 
 
 def swapped(prompt: Prompt) -> str | None:
-    """Return the prompt with its entities in reverse order.
+    """Return the text of a prompt with its entities in reverse order.
 
     Parameters
     ----------
@@ -95,8 +106,8 @@ def swapped(prompt: Prompt) -> str | None:
     Returns
     -------
     str or None
-        The new text, with its entities in brackets; None if its words have the same order as in the prompt, for example
-        because the prompt has only one entity.
+        The new text, with each entity in brackets. None if the new text has the same words in the same order as the
+        prompt, for example because the prompt has only one entity.
 
     Examples
     --------
@@ -112,7 +123,7 @@ def swapped(prompt: Prompt) -> str | None:
 
 
 def next_to(prompt: Prompt) -> str | None:
-    """Return the prompt with "next to" in place of each "and" or comma that joins two entities.
+    """Return the text of a prompt with "next to" in place of each "and" or comma between two entities.
 
     Parameters
     ----------
@@ -121,8 +132,8 @@ def next_to(prompt: Prompt) -> str | None:
     Returns
     -------
     str or None
-        The new text, with its entities in brackets; None if it has the words of the prompt in the same order, for
-        example because the prompt has no such "and" or comma.
+        The new text, with each entity in brackets. None if the new text has the same words in the same order as the
+        prompt, for example because the prompt has no "and" or comma between two entities.
 
     Examples
     --------
@@ -147,9 +158,10 @@ def _lists(prompt: Prompt) -> bool:
 
 
 def _joined(prompt: Prompt, named: Sequence[str], gaps: Sequence[str]) -> str | None:
-    """Join the entities, `named`, with the texts before, between and after them, `gaps`.
+    """Join the texts of the entities with the texts around the entities, and return the new text of the prompt.
 
-    Return None if the result has the words of the prompt in the same order.
+    `named` has the text of each entity. `gaps` has the text before the first entity, the texts between the entities,
+    and the text after the last entity. Return None if the new text has the same words in the same order as the prompt.
     """
     opens = not gaps[0].strip() and prompt.text.lstrip()[:1].isupper()
     parts = [_lowered(name) if opens else name for name in named]
@@ -161,7 +173,11 @@ def _joined(prompt: Prompt, named: Sequence[str], gaps: Sequence[str]) -> str | 
 
 
 def _parts(prompt: Prompt) -> tuple[list[str], list[str]]:
-    """Return the entities, each written like "a [red car]", and the texts before, between and after them."""
+    """Split a prompt into two lists: the texts of the entities, and the texts around the entities.
+
+    The text of an entity is written with brackets, such as "a [red car]". The second list has the text before the first
+    entity, the texts between the entities, and the text after the last entity.
+    """
     found = _phrases(prompt)
     if found is None:  # Words elsewhere in the text belong to an entity, so only the entities themselves are kept.
         vowels = any(word.lower() == "an" for word in prompt.text.split())
@@ -182,13 +198,13 @@ def _written(entity: Entity, vowels: bool) -> str:
 
 
 def _lowered(name: str) -> str:
-    """Lower the article of a phrase that no longer begins the text: "A [red car]" -> "a [red car]"."""
+    """Write the article at the beginning of a phrase in lower case: "A [red car]" -> "a [red car]"."""
     article, _, rest = name.partition(" ")
     return f"{article.lower()} {rest}" if article.lower() in ARTICLES else name
 
 
 def _phrases(prompt: Prompt) -> list[_Phrase] | None:
-    """Return the position of each entity; None if brackets cannot mark one of them."""
+    """Return the position of each entity in the text; None if there is an entity that brackets cannot mark."""
     spans = entity_spans(prompt)
     if len(spans) != len(prompt.entities):
         return None
@@ -202,9 +218,10 @@ def _phrases(prompt: Prompt) -> list[_Phrase] | None:
 
 
 def _inside(text: str, words: Sequence[Span], entity: Entity) -> Span | None:
-    """Return the span from an entity's first attribute to its noun; None if it contains other words.
+    """Return the span of the text that brackets around an entity enclose: from its first attribute to its noun.
 
-    Articles, "and", "or" and words without a letter are allowed between them.
+    `words` are the spans of the entity's words in the text. Return None if an attribute follows the noun, or if other
+    words stand between the attributes and the noun. Articles, "and", "or" and words without a letter are allowed.
     """
     wanted = [*entity.attributes, entity.noun]
     for first in range(len(words)):

@@ -1,4 +1,7 @@
-"""Runs: an image, the attention recorded while it was generated, the measures of both, and the files of a run."""
+"""Runs: generated images with their recorded attention.
+
+A run can be measured, saved to a folder, opened again, and compared with other runs.
+"""
 
 from __future__ import annotations
 
@@ -52,18 +55,18 @@ class Run:
         Seed of the initial noise.
     settings : dict
         Settings by name: model, variant, lora, scheduler, steps, guidance_scale, height, width, negative_prompt and
-        method (None for a plain run). Some runs have further settings: "call" (other arguments of the pipeline's call,
-        as text), "stopped" (number of completed steps, if ``stop_if`` ended the run) and "guided" (True if ``guide_if``
-        decided that the image was to be guided).
+        method (None for a plain run). Three more settings exist only in some runs. "call" is the argument `call` of
+        `elakit.generate`, as text. "stopped" is the number of completed steps if a function `stop_if` ended the run.
+        "guided" is True or False: whether a function `guide_if` decided to guide the image.
     recording : Recording or None
         Recorded attention; None if the run was not recorded.
     guidance : Trace or None
         Losses, regions and other values of each guided step; None for a plain run.
     nsfw : bool
-        True if the pipeline's safety checker replaced the image; such an image is not judged.
+        True if the pipeline's safety checker replaced the image. A replaced image is not judged.
     predicted : tuple of PIL.Image.Image or None
-        For each step, the image decoded from the clean latents that the step predicts; None if the run was generated
-        without ``predicted=True``, or if the safety checker replaced its image.
+        One image per step, decoded from the clean latents that the step predicts. None if the run was generated without
+        ``predicted=True``, or if the safety checker replaced the final image.
 
     Raises
     ------
@@ -72,6 +75,9 @@ class Run:
 
     Examples
     --------
+    A plain run of 2 steps and 2 entities, with the defaults of picture-world: 128 x 128 pixels and a guidance scale of
+    4. The maps have the dimensions (step, token, y, x):
+
     >>> import elakit
     >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=2, progress=False)
     >>> run.label, run.image.size, run.settings["guidance_scale"], run.entity_maps().shape
@@ -102,9 +108,9 @@ class Run:
     def entity_maps(self) -> xr.DataArray:
         """Raw attention maps of the entities, (step, token, y, x), from which regions and measures are computed.
 
-        They are means over the decoder's layers, or over all layers if the model has no decoder (PixArt, Stable
-        Diffusion 3, FLUX), at the size nearest to 16 x 16 that these layers have. ``token`` has the labels of the
-        entities.
+        Each map is a mean over layers of the decoder. If the model has no decoder (PixArt, Stable Diffusion 3, FLUX),
+        each map is a mean over layers of the whole transformer. Only layers with the map size nearest to 16 are
+        included. The coordinate ``token`` contains the labels of the entities.
 
         Raises
         ------
@@ -115,10 +121,10 @@ class Run:
 
     @cached_property
     def regions(self) -> xr.DataArray:
-        """Region of each entity at each step, boolean (step, entity, y, x); regions are disjoint.
+        """Region of each entity at each step, boolean (step, entity, y, x). The regions of one step are disjoint.
 
-        They are localized in the recorded maps as `elakit.ELA` does (`elakit.guidance.FromMaps` with its defaults). The
-        regions that guidance used are in ``run.guidance.regions``.
+        The regions are localized in the recorded maps by the default rules of `elakit.ELA`, `elakit.guidance.FromMaps`.
+        If a guidance method used regions during the run, those regions are in ``run.guidance.regions``.
 
         Raises
         ------
@@ -129,11 +135,11 @@ class Run:
 
     @cached_property
     def verdict(self) -> Verdict | None:
-        """Verdict of the built-in judge; None if it cannot judge the image.
+        """Verdict of the built-in judge on the image; None if the built-in judge cannot judge the image.
 
-        The built-in judge knows images of the built-in model and prompts of that model's nouns and colors. Judge other
-        images with `elakit.judge.judge` and a detector, and pass the verdict to `measure`. An entirely black image is
-        not judged, nor is an image that the pipeline's safety checker replaced.
+        The built-in judge can judge images of picture-world whose prompt uses only the nouns and colors of
+        picture-world. Judge other images with `elakit.judge.judge` and a detector, and pass the verdict to `measure`.
+        The verdict is also None if the image is entirely black, or if the pipeline's safety checker replaced the image.
         """
         known = self.settings.get("model") in EMBEDDED and knows(self.prompt)
         if self.nsfw or not known or is_black(self.image):
@@ -142,9 +148,9 @@ class Run:
 
     @cached_property
     def bleeding(self) -> Bleeding:
-        """Measures of bleeding, per step and overall, as ``run.measure(run.verdict)`` computes them.
+        """Measures of bleeding at each step, and their means over the steps: ``run.measure(run.verdict)``.
 
-        If the image was judged, the measures include the agreement of attention with the image.
+        If the built-in judge can judge the image, the measures also compare the attention with the image.
         """
         return self.measure(self.verdict)
 
@@ -154,13 +160,14 @@ class Run:
         Parameters
         ----------
         truth : Verdict or xarray.DataArray of bool, (entity, y, x), optional
-            A verdict, or one mask per entity, True where the entity is in the image. Each mask covers the whole image,
-            at any resolution; the mask of an absent entity is False everywhere. None computes only the measures that
-            need no image.
+            Position of each entity in the finished image: a verdict on the image, or one mask per entity. A mask covers
+            the whole image, at any resolution, and is True where the entity is. The mask of an absent entity is False
+            everywhere. By default, the attention is not compared with the image.
 
         Returns
         -------
         Bleeding
+            All measures of bleeding, at each step.
 
         Raises
         ------
@@ -203,8 +210,8 @@ class Run:
         Raises
         ------
         OutputError
-            Raised when the folder cannot be written, or already exists and is not a run that `overwrite` allows to
-            replace.
+            Raised when the folder cannot be written, when it contains a run and `overwrite` is False, or when it exists
+            and is not a run.
         """
         folder = Path(folder)
         if os.path.lexists(folder) and not (overwrite and os.path.isfile(folder / "run.json")):
@@ -243,12 +250,20 @@ class Run:
         return self.recording
 
     def _maps(self, tokens: str | Sequence[str]) -> xr.DataArray:
-        """Maps of tokens, averaged over the layers and at the size that `entity_maps` describes."""
+        """Raw attention maps of the given tokens, (step, token, y, x).
+
+        Each map is a mean over layers of the decoder, or over layers of the whole transformer if there is no decoder.
+        Only layers with the map size nearest to 16 are included.
+        """
         recording = self._recorded()
         return recording.maps(tokens, recording.decoder, recording.usual_size())
 
     def _special_maps(self) -> xr.DataArray:
-        """Maps of start-of-text, if the text encoder has it, and of end-of-text with padding."""
+        """Raw attention maps of the tokens "<start>" and "<end>", (step, token, y, x).
+
+        "<start>" is start-of-text; its map is left out if the text encoder has no start-of-text. "<end>" is the sum of
+        end-of-text and padding.
+        """
         recorded = self._recorded().tokens
         return self._maps([token for token in ("<start>", "<end>") if token in recorded])
 
@@ -262,11 +277,14 @@ class Run:
 
 
 def open_run(folder: str | Path) -> Run:
-    """Open a run that `Run.save` wrote; attention maps are read when they are used.
+    """Open a run that `Run.save` wrote.
+
+    Attention maps are not loaded at once. Each map is read from the folder when it is used.
 
     Parameters
     ----------
     folder : str or pathlib.Path
+        Folder that `Run.save` wrote.
 
     Returns
     -------
@@ -329,7 +347,7 @@ def open_run(folder: str | Path) -> Run:
 
 
 def compare(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return the measures of bleeding of several runs side by side, averaged over the steps.
+    """Return a table with the measures of bleeding of several runs, averaged over the steps; each run is a column.
 
     Parameters
     ----------
@@ -339,10 +357,10 @@ def compare(runs: Sequence[Run]) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per value. The levels of the index are "measure" (name of the measure), "entity" (label of the measured
-        entity or attribute) and "other" (label of the region or entity with which it is compared, or ""), as in
-        `Bleeding.to_frame`. One column per run, named by method and seed: "plain (seed 7)", or "plain (seed 7)#2" for
-        the second run with the same method and seed.
+        A row is one value of one measure. The index has three levels. "measure" is the name of the measure. "entity" is
+        the label of the measured entity or attribute. "other" is the label of a region or of a second entity. "entity"
+        and "other" are "" in measures that have none. A column is one run. Its name has the method and the seed, such
+        as "plain (seed 7)". A second run with this method and seed is named "plain (seed 7)#2".
 
     Raises
     ------
@@ -369,10 +387,11 @@ def compare(runs: Sequence[Run]) -> pd.DataFrame:
 
 @contextmanager
 def _intact(path: Path) -> Iterator[None]:
-    """Context for reading a file, which turns every error into an OutputError that calls the file damaged.
+    """Context manager for reading the file `path`. An error becomes an OutputError: the file is damaged.
 
-    It catches all exceptions, because libraries do not document what they raise for damaged data: zlib, zipfile, PIL
-    and zarr raise a dozen kinds.
+    An error of elakit that already names the file or its folder is not changed. All other exceptions are caught,
+    because libraries do not document the exceptions that damaged data cause. For example, zlib, zipfile, PIL and zarr
+    raise a dozen kinds.
     """
     try:
         yield
@@ -390,7 +409,10 @@ def _intact(path: Path) -> Iterator[None]:
 
 
 def _check_format(table: Any, folder: Path) -> None:
-    """Refuse a run whose files have the layout of another version of elakit."""
+    """Raise an OutputError if another version of elakit saved the run in another format.
+
+    `table` is the content of run.json in the folder of the run.
+    """
     if not isinstance(table, dict):
         raise ValueError("it is not a JSON object")
     found = table.get("format", 1)
@@ -406,7 +428,10 @@ def _check_format(table: Any, folder: Path) -> None:
 
 
 def _check_types(seed: Any, settings: Any, nsfw: Any, parts: Any) -> None:
-    """Refuse values in run.json whose types are wrong."""
+    """Raise a ValueError if a value that was read from run.json has a wrong type.
+
+    `parts` is the list of the other files of the run, such as "recording.zarr".
+    """
     rules = {
         "seed": ("a whole number", type(seed) is int),
         "settings": ("an object", isinstance(settings, dict)),
@@ -422,7 +447,11 @@ def _check_types(seed: Any, settings: Any, nsfw: Any, parts: Any) -> None:
 
 
 def _read_trace(folder: Path, traced: Any) -> Trace:
-    """Trace of guidance from its entry in run.json, with the regions from regions.npz if that file exists."""
+    """Read the trace of a saved run, with its regions.
+
+    `traced` is the trace as stored in run.json. The regions are read from the file regions.npz in the folder of the
+    run. If this file does not exist, the trace has no regions.
+    """
     masks: dict[int, np.ndarray] = {}
     if os.path.exists(folder / "regions.npz"):
         with _intact(folder / "regions.npz"):
@@ -442,7 +471,10 @@ def _read_image(path: Path) -> Image.Image:
 
 
 def _read_regions(path: Path) -> dict[int, np.ndarray]:
-    """Masks of the regions by step; array sizes are checked in the headers before anything is decompressed."""
+    """Read the masks of the regions from regions.npz: a dict from step to masks, bool (entity, y, x).
+
+    The sizes of the arrays are read from their headers, and checked before the arrays are decompressed.
+    """
     with zipfile.ZipFile(path) as archive:
         for name in ("masks.npy", "steps.npy"):
             with archive.open(name) as file:

@@ -10,10 +10,13 @@ WIDGET, IMAGE = "application/vnd.jupyter.widget-view+json", "image/png"
 def keep_images(model: dict[str, Any], **_: Any) -> None:
     """Replace widgets by their static images in a notebook that is about to be saved.
 
-    A widget in a notebook is a reference to a running kernel. JupyterLab prefers it to the image that `elakit.explore`
-    and `elakit.live` store beside it, and shows "Error displaying widget" after the kernel has ended. Only the file
-    changes: the page that is open in the browser keeps its widgets. ``elakit lab`` uses this function as the pre-save
-    hook of Jupyter Server. In another JupyterLab, add this line to ``jupyter_server_config.py``::
+    A widget in a notebook works only as long as its kernel runs. `elakit.explore` and `elakit.live` therefore store a
+    static image beside each widget. JupyterLab does not show the image as long as the notebook contains the widget:
+    after the kernel has ended, it shows "Error displaying widget". This function removes each widget that has an image.
+    Only the file changes; the page that is open in the browser keeps its widgets.
+
+    ``elakit lab`` uses this function as the pre-save hook of Jupyter Server. In another JupyterLab, add this line to
+    ``jupyter_server_config.py``::
 
         c.ContentsManager.pre_save_hook = "elakit.saved_notebooks.keep_images"
 
@@ -25,7 +28,7 @@ def keep_images(model: dict[str, Any], **_: Any) -> None:
 
     Examples
     --------
-    `WIDGET` and `IMAGE` are the MIME types of a widget and of its image:
+    `WIDGET` is the MIME type of a widget, and `IMAGE` is that of a PNG image. Only the image is kept:
 
     >>> output = {"output_type": "display_data", "data": {WIDGET: {"model_id": "1"}, IMAGE: "iVBORw0KGgo="}}
     >>> keep_images({"type": "notebook", "content": {"cells": [{"cell_type": "code", "outputs": [output]}]}})

@@ -1,4 +1,4 @@
-"""Seeds of several images: checked lists, and the form in which a command line states them, such as "0-3,8"."""
+"""Functions that check a list of seeds, read seeds from a text such as "0-3,8", and write seeds as such a text."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ _FORM = "Give seeds and ranges of seeds, separated by commas, such as 0-3 or 1,3
 
 
 def seed_list(values: Any, name: str = "seeds") -> list[int]:
-    """Check a list of distinct seeds.
+    """Check that all seeds are valid and distinct, and return them as a list.
 
     Parameters
     ----------
     values : sequence of int
         One to 10,000 distinct seeds, each from 0 to 2**63 - 1; a range or a one-dimensional array is also accepted.
     name : str
-        Name of the setting, for the message.
+        Name of the setting in error messages.
 
     Returns
     -------
     list of int
+        The seeds in the given order.
 
     Raises
     ------
@@ -56,18 +57,19 @@ def seed_list(values: Any, name: str = "seeds") -> list[int]:
 
 
 def parse_seeds(text: str, name: str = "--seeds") -> list[int]:
-    """Read a comma-separated list of seeds and of ranges of seeds, which include both ends.
+    """Read seeds from a text. The text is a comma-separated list of seeds and ranges, such as "0-3,8".
 
     Parameters
     ----------
     text : str
-        List such as "0-3,8".
+        Comma-separated list. A range includes both its first and its last seed: "0-3" means 0, 1, 2 and 3.
     name : str
-        Name of the option, for the message.
+        Name of the option in error messages.
 
     Returns
     -------
     list of int
+        The seeds in the order of the text.
 
     Raises
     ------

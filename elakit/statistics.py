@@ -1,4 +1,4 @@
-"""Intervals and tests for shares of images: Wilson, cluster bootstrap, McNemar, Holm."""
+"""Statistics of shares of images: Wilson and bootstrap intervals, McNemar's test, and Holm's correction of p values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     Returns
     -------
     (float, float)
-        Lower and upper end; (0, 1) if `n` is 0.
+        Lower and upper end of the interval; (0, 1) if `n` is 0.
 
     Raises
     ------
@@ -40,6 +40,8 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
     Examples
     --------
+    If 3 of 4 images are right, the share is 0.75. Its interval is wide, because there are only 4 images:
+
     >>> [round(bound, 3) for bound in wilson(3, 4)]
     [0.301, 0.954]
     >>> wilson(0, 0)
@@ -65,7 +67,8 @@ class Interval(NamedTuple):
     Attributes
     ----------
     value, low, high : float or ndarray, (columns,)
-        The statistic, and the lower and upper end of its interval.
+        Value of the statistic, and lower and upper end of its interval. They are floats for one-dimensional data, and
+        arrays with one entry per column for two-dimensional data.
     """
 
     value: Any
@@ -82,20 +85,20 @@ def bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval of a mean or of a ratio of sums, computed by resampling whole groups of rows.
+    """Percentile bootstrap interval of a mean, or of a ratio of two sums. Whole groups of rows are resampled.
 
-    Images of one prompt are more alike than images of different prompts, so an interval over images must resample
-    prompts, each with all of its images.
+    A row is typically an image, and a group contains all images of one prompt. Images of one prompt are more alike than
+    images of different prompts. If single images were resampled, the interval would be too narrow.
 
     Parameters
     ----------
     numerators : array_like, (n,) or (n, columns)
         Values, one row per image.
     denominators : array_like, optional
-        Values of the same shape; the statistic is the sum of the numerators over the sum of the denominators. By
-        default 1 for each row: the statistic is the mean.
+        Values of the same shape as `numerators`. The statistic is the sum of the numerators divided by the sum of the
+        denominators. By default every denominator is 1, so the statistic is the mean of the numerators.
     groups : sequence, optional
-        Label of each row, such as its prompt. By default each row is a group of its own.
+        Label of each row's group, such as the prompt of the image. By default each row is a group of its own.
     level : float
         Confidence level, between 0 and 1.
     resamples : int
@@ -106,8 +109,8 @@ def bootstrap(
     Returns
     -------
     Interval
-        Numbers for one-dimensional input, otherwise arrays with one entry per column. NaN where the sum of the
-        denominators is not positive.
+        Value of the statistic with the ends of its interval. They are floats for one-dimensional input, otherwise
+        arrays with one entry per column. They are NaN if the sum of the denominators is not positive.
 
     Raises
     ------
@@ -120,6 +123,9 @@ def bootstrap(
 
     Examples
     --------
+    The mean is 1 in the group "cat" and 0.5 in the group "dog". A resample has two groups, so its mean is between 0.5
+    (twice "dog") and 1 (twice "cat"):
+
     >>> value, low, high = bootstrap([1, 1, 1, 0], groups=["cat", "cat", "dog", "dog"])
     >>> value, low, high
     (0.75, 0.5, 1.0)
@@ -161,20 +167,20 @@ def bootstrap(
 
 
 def mcnemar(fixed: int, broken: int) -> float:
-    """Exact two-sided McNemar test of paired outcomes, such as those of images without and with a method.
+    """Exact two-sided McNemar test of a method. A pair is two images from the same noise, without and with the method.
 
     Parameters
     ----------
     fixed : int
-        Number of pairs in which only the second outcome is a success.
+        Number of pairs in which only the image with the method is right.
     broken : int
-        Number of pairs in which only the first outcome is a success.
+        Number of pairs in which only the image without the method is right.
 
     Returns
     -------
     float
-        Probability (p value) of a difference at least this large if both kinds of pairs were equally likely; 1 if
-        both counts are 0. Pairs with equal outcomes do not count.
+        The p value: the probability that the two counts differ at least this much by chance, if a pair is as likely to
+        be fixed as to be broken. The p value is 1 if both counts are 0.
 
     Raises
     ------
@@ -188,6 +194,8 @@ def mcnemar(fixed: int, broken: int) -> float:
 
     Examples
     --------
+    The probability that five pairs are all fixed, or all broken, by chance is 2 * 0.5**5:
+
     >>> mcnemar(fixed=5, broken=0)
     0.0625
     >>> mcnemar(fixed=0, broken=0)
@@ -207,7 +215,7 @@ def holm(p_values: Any) -> np.ndarray:
     Parameters
     ----------
     p_values : array_like, (n,)
-        Uncorrected p values; NaN marks a test that was not made and does not count.
+        Uncorrected p values. NaN marks a test that was not made; this test is not counted.
 
     Returns
     -------
@@ -225,6 +233,9 @@ def holm(p_values: Any) -> np.ndarray:
 
     Examples
     --------
+    From the smallest to the largest, the three p values are multiplied by 3, 2 and 1: 0.03, 0.06 and 0.04. A corrected
+    value must not be smaller than the previous value, so 0.04 is raised to 0.06:
+
     >>> holm([float("nan"), 0.01, 0.04, 0.03]).tolist()
     [nan, 0.03, 0.06, 0.06]
     """
@@ -249,7 +260,10 @@ def _level(level: Any) -> float:
 
 
 def _sum_by(array: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Sum of the rows of each group, (groups, columns); `position` is the index of each row's group."""
+    """Sum the rows of each group: `array` has the shape (rows, columns), and the result (groups, columns).
+
+    `position` is the index of each row's group, from 0.
+    """
     sums = np.zeros((position.max() + 1, array.shape[1]))
     np.add.at(sums, position, array)
     return sums

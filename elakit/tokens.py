@@ -41,7 +41,7 @@ _UNSPACED = re.compile(
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a prompt that represents a word or a piece of a word.
+    """One token of a prompt. The token represents a word or a piece of a word.
 
     Attributes
     ----------
@@ -50,13 +50,16 @@ class Token:
     text : str
         The part of the prompt that the token covers.
     label : str
-        Unique name: "car"; "red#2" if the word occurs more than once; "giraffe/1" for the first of several tokens of a
-        word; "car@clip" and "car@t5" if the model reads the prompt with two encoders.
+        Unique name of the token, such as "car". "red#2" is the second occurrence of the word "red". "giraffe/1" is the
+        first of several tokens of the word "giraffe". "car@clip" and "car@t5" are the tokens of the word "car" for two
+        text encoders.
     word : int
         Index of the word in `Prompt.words`.
 
     Examples
     --------
+    Start-of-text has the index 0 and "a" has the index 1, so "red" has the index 2:
+
     >>> import elakit
     >>> elakit.parse("a [red car]", elakit.load("picture-world")).tokens[1]
     Token(index=2, text='red', label='red', word=1)
@@ -77,25 +80,29 @@ class TextSequence:
     name : str
         Name of the sequence, such as "clip" or "t5".
     tokenizer : transformers tokenizer
+        Tokenizer of this sequence.
     offset : int
         Position of the first token of this sequence among the positions of all sequences; 0 for the first sequence.
     length : int
         Number of positions of this sequence, including padding.
     read : callable
-        Function of the prompt that returns the text which the pipeline passes to the tokenizer. Both texts have the
-        same number of characters; PixArt, for example, lowercases the prompt. Default: the prompt itself.
+        Function that changes the prompt in the same way as the pipeline, before the prompt is tokenized. For example,
+        PixArt converts the prompt to lower case. The function must keep the number of characters. By default, the
+        prompt is not changed.
     before, after : str
-        Text that the pipeline puts around the prompt, such as a chat template.
+        Texts that the pipeline puts before and after the prompt, such as the two parts of a chat template.
     dropped : int
-        Number of leading tokens, those of a template, whose text states the pipeline removes.
+        Number of tokens that the pipeline removes from the beginning of the sequence after encoding, such as the first
+        tokens of a chat template. These tokens have no position.
     padding : {"right", "left"}
-        The side on which the tokenizer pads. With "left", the positions of tokens are valid only for runs that pad to
-        the same number of positions.
+        Side on which the tokenizer adds padding. Padding on the left shifts the tokens. The positions of the tokens
+        are then valid only for runs with the same number of positions.
     multiple : int or None
-        With padding on the left, the tokenizer pads to the next multiple of this number of tokens. None: it pads to
-        `length`.
+        Used only for padding on the left: the sequence is padded to the next multiple of this number of tokens. None
+        means that the sequence is padded to `length`.
     specials : bool
-        True if the tokenizer adds special tokens, False if they are in a chat template.
+        True if the tokenizer adds special tokens, such as start-of-text. False if the chat template contains the
+        special tokens.
     """
 
     name: str
@@ -111,7 +118,10 @@ class TextSequence:
     specials: bool = True
 
     def tokenized(self, text: str, **options: Any) -> Any:
-        """Return the tokenizer's output for a text, without truncation and padding."""
+        """Return the tokenizer's output for a text, without truncation and padding.
+
+        `options` are further keyword arguments of the tokenizer.
+        """
         options = {"add_special_tokens": self.specials} | options
         return self.tokenizer(text, truncation=False, padding=False, verbose=False, **options)
 
@@ -127,19 +137,22 @@ def split_words(text: str, borders: Iterable[int] = ()) -> tuple[Span, ...]:
     ----------
     text : str
     borders : iterable of int
-        Character positions at which a word is split further. Brackets set them in scripts that write words without
-        spaces.
+        Positions of characters before which a word is split, too. `elakit.parse` sets borders at brackets inside words,
+        in scripts that write words without spaces, such as Chinese.
 
     Returns
     -------
     tuple of (int, int)
-        For each word or group of symbols, the positions of its first character and of the one after its last.
+        One pair (start, end) per word or group of symbols. The word is ``text[start:end]``.
 
     Examples
     --------
     >>> text = "A red-haired girl's car!"
     >>> [text[first:last] for first, last in split_words(text)]
     ['A', 'red-haired', 'girl', "'s", 'car', '!']
+
+    Without a border, the four characters of this Chinese text would be one word:
+
     >>> split_words("一辆汽车", borders=[2])
     ((0, 2), (2, 4))
     """
@@ -164,10 +177,14 @@ def split_words(text: str, borders: Iterable[int] = ()) -> tuple[Span, ...]:
 
 
 def may_split(text: str, at: int) -> bool:
-    """Return True if a bracket before character `at` may split a word, because the script has no spaces between words.
+    """Return True if a bracket before the character at position `at` may split a word.
+
+    Brackets may split words only in scripts that write words without spaces, such as Chinese.
 
     Examples
     --------
+    A bracket may split the Chinese text, which means "red car", but not the English word:
+
     >>> may_split("红色汽车", 2), may_split("bluebird", 4)
     (True, False)
     """
@@ -177,7 +194,7 @@ def may_split(text: str, at: int) -> bool:
 
 
 def word_of(label: str) -> str:
-    """Return the word that the label of a word stands for: the label without "#" and the number.
+    """Return a label without "#" and the number, such as the word "red" for the label "red#2".
 
     Examples
     --------
@@ -188,12 +205,12 @@ def word_of(label: str) -> str:
 
 
 def token_title(label: str) -> str:
-    """Name of a token in sentences and figures: the label of a word, or the name of a special token.
+    """Name of a token for sentences and figures: the label of a word, or the name of a special token.
 
-    In a recording, "<end>" is the summed attention of end-of-text and all padding, which every recording contains. A
-    recording of all tokens contains these positions one by one, too: "<eot>" is end-of-text alone, and "<pad/3>" is the
-    third padding position. If the text has two ranges of end-of-text and padding (see `Prompt.ends`), labels of the
-    second one contain its number: "<eot#2>" and "<pad#2/3>".
+    Labels of special tokens have angle brackets. "<start>" is start-of-text. "<end>" is end-of-text and all padding,
+    whose attention is summed. "<eot>" is end-of-text alone, and "<pad/3>" is the third padding position. A text may
+    have two ranges of end-of-text and padding (see `Prompt.ends`). In the second range, the labels are "<eot#2>" and
+    "<pad#2/3>".
 
     Parameters
     ----------
@@ -217,11 +234,13 @@ def token_title(label: str) -> str:
 
 
 def sequence_of(label: str) -> str:
-    """Return the name of the sequence in the label of a token; empty if the model has only one sequence.
+    """Return the name of a token's sequence, such as "t5". The label of the token contains the name after "@".
+
+    If a model has only one token sequence, labels contain no name, and the result is an empty string.
 
     Examples
     --------
-    The last label is that of the first token of the symbol "@", and names no sequence:
+    The label "@/1" belongs to the first token of the symbol "@" in a prompt, and contains no name:
 
     >>> sequence_of("car@t5"), sequence_of("giraffe/1@clip"), sequence_of("car"), sequence_of("@/1")
     ('t5', 'clip', '', '')
@@ -233,7 +252,8 @@ def sequence_of(label: str) -> str:
 def label_words(text: str, words: Sequence[Span]) -> tuple[str, ...]:
     """Return a unique label for each word, in lower case: "car", or "red#1" and "red#2" if the word occurs twice.
 
-    Words that are spelled like a reserved label, such as "background", are numbered even if they occur once.
+    `words` are the positions of the words in `text`, as `split_words` returns them. Some words, such as "background",
+    are also labels with another meaning in recordings and measures. Such a word is numbered even if it occurs once.
 
     Examples
     --------
@@ -252,14 +272,14 @@ def label_words(text: str, words: Sequence[Span]) -> tuple[str, ...]:
 
 
 def touching(words: Sequence[Span], span: Span) -> list[int]:
-    """Return the indices of the words that share a character with a span.
+    """Return the indices of the words that overlap a given part of a text.
 
     Parameters
     ----------
     words : sequence of (int, int)
-        Disjoint spans in the order of the text.
+        Start and end of each word in the text, with the end excluded. Words do not overlap, and are in order.
     span : (int, int)
-        Start and end in characters, the end excluded.
+        Start and end of the part of the text, with the end excluded.
     """
     start = bisect_right(words, span[0], key=itemgetter(1))
     stop = bisect_left(words, span[1], key=itemgetter(0))
@@ -273,12 +293,12 @@ class Tokens:
     Attributes
     ----------
     tokens : tuple of Token
-        Tokens of words, in the order of their positions.
+        Tokens that represent words, without special tokens, in the order of their positions.
     start : int or None
-        Position of start-of-text in the first sequence; None if that sequence has none (T5).
+        Position of start-of-text in the first sequence; None if the first sequence has no start-of-text, as with T5.
     ends : tuple of (int, int or None)
-        Half-open ranges (start, end) of end-of-text and padding of all sequences; an end of None means up to the last
-        position.
+        Ranges of positions that contain end-of-text and padding, in all sequences. A range is a pair (start, stop),
+        and excludes the position "stop". If "stop" is None, the range extends to the last position.
     length : int
         Total number of positions of all sequences.
     """
@@ -292,8 +312,8 @@ class Tokens:
 def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences: Sequence[TextSequence]) -> Tokens:
     """Find the tokens of all words of a prompt.
 
-    The label of a token is that of its word, followed by "/1", "/2" and so on if the word has several tokens. If there
-    are several sequences, the name of the token's sequence follows: "car@clip", "car@t5".
+    The label of a token begins with the label of the token's word. If the word has several tokens, "/1", "/2" and so on
+    follow. If there are several sequences, the name of the sequence follows: "car@clip", "car@t5".
 
     Parameters
     ----------
@@ -304,6 +324,7 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
     labels : sequence of str
         Labels of the words, as `label_words` returns them.
     sequences : sequence of TextSequence
+        Token sequences that the denoiser attends to, such as the sequences of CLIP and T5.
 
     Returns
     -------
@@ -312,8 +333,8 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
     Raises
     ------
     PromptError
-        Raised when the prompt has more tokens than fit into the longest sequence. If it fits into the longest one only,
-        the other sequences contain the beginning of the prompt, without an error.
+        Raised when the prompt does not fit into the longest sequence. A shorter sequence may contain only the beginning
+        of the prompt, without an error.
     ModelError
         Raised when tokens cannot be aligned to words.
     """
@@ -357,7 +378,10 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
 
 
 def _left_padding(sequence: TextSequence, total: int) -> int:
-    """Return the number of padding tokens before a text of `total` tokens."""
+    """Return the number of padding tokens that the tokenizer adds before a text.
+
+    `total` is the number of tokens of the text without padding. The result is 0 if padding is added on the right.
+    """
     if sequence.padding == "right":
         return 0
     return -total % sequence.multiple if sequence.multiple else max(0, sequence.length - total)
@@ -369,7 +393,7 @@ def _shortened(text: str, limit: int = 80) -> str:
 
 
 def _has_start(sequence: TextSequence, text: str) -> bool:
-    """Return True if the tokenizer begins each text with a special token."""
+    """Return True if the tokenizer of the sequence puts a special token, start-of-text, before the text."""
     whole = list(sequence.tokenized(text)["input_ids"])
     bare = list(sequence.tokenized(text, add_special_tokens=False)["input_ids"])
     return whole[:1] != bare[:1]
@@ -378,9 +402,11 @@ def _has_start(sequence: TextSequence, text: str) -> bool:
 def _align_by_offsets(
     text: str, words: Sequence[Span], sequence: TextSequence
 ) -> tuple[int, list[tuple[int, int, str]]] | None:
-    """Return the number of all tokens, and (index, index of the word, text) of each token that belongs to a word.
+    """Assign tokens to words by the character offsets that the tokenizer reports.
 
-    Returns None if the tokenizer reports no usable offsets.
+    Returns the number of all tokens, and a list with one triple per token that belongs to a word. A triple contains the
+    index of the token, the index of the word, and the part of the text that the token covers. The result is None if
+    the tokenizer reports no usable offsets.
     """
     if not getattr(sequence.tokenizer, "is_fast", False):
         return None
@@ -405,7 +431,12 @@ def _align_by_offsets(
 
 
 def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) -> tuple[int, list[tuple[int, int, str]]]:
-    """Encode each word separately, for tokenizers without offsets; return the same as `_align_by_offsets`."""
+    """Assign tokens to words by encoding each word separately, for tokenizers that report no character offsets.
+
+    Returns the number of all tokens, and a list with one triple per token that belongs to a word. A triple contains the
+    index of the token, the index of the word, and the text of the token. A `ModelError` is raised if the tokens of the
+    whole text differ from the tokens of the separate words.
+    """
     tokenizer = sequence.tokenizer
     whole = list(sequence.tokenized(text)["input_ids"])
     alone: list[tuple[int, int]] = []
@@ -430,12 +461,17 @@ def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) ->
 
 
 def _unmarked(piece: str) -> str:
-    """Return a piece of a word without the marks "</w>" (last piece in byte-pair encoding) and "##" (WordPiece)."""
+    """Return the text of a token without the marks that the tokenizer adds to pieces of a word.
+
+    CLIP's tokenizer adds "</w>" after the last piece of a word. WordPiece adds "##" before all pieces but the first.
+    """
     return piece.removesuffix("</w>").removeprefix("##")
 
 
 def encoder_length(pipe: Pipeline | HasTokenizer, tokenizer: Any) -> int:
-    """Return the largest number of tokens, special tokens included, that a pipeline's text encoder takes.
+    """Return the largest number of tokens that a pipeline's text encoder can read, including special tokens.
+
+    `tokenizer` is the tokenizer of this text encoder.
 
     Raises
     ------

@@ -1,4 +1,8 @@
-"""Attention of a run: reading it (taps), selecting what to keep (spec), recording it, changing it (edit)."""
+"""Recording, reading and editing the attention of a pipeline run.
+
+`recorder` records a run, and `spec` selects what is kept. `taps` reads the attention of layers. `editing` changes
+attention.
+"""
 
 import lazy_loader
 

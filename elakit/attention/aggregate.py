@@ -23,26 +23,26 @@ def layer_mean(nodes: Sequence[xr.Dataset], channels: Sequence[str], image: int)
     Parameters
     ----------
     nodes : sequence of xarray.Dataset
-        Nodes of a recording, one per map size; their maps are resized to the size of the first node.
+        Nodes of a recording. Each node has the maps of one size; all maps are resized to the size of the first node.
     channels : sequence of str
-        Labels along ``token`` of the maps to return, in the order of the result.
+        Labels of the tokens whose maps are returned, in this order.
     image : int
         Index of the image in the batch.
 
     Returns
     -------
     numpy.ndarray, (step, channel, y, x)
-        The averaged maps, float32, at the size of the first node.
+        The averaged maps, float32, at the size of the first node. There is one channel per label.
 
     Raises
     ------
     RecordingError
-        A node lacks one of the labels.
+        Raised when a node lacks one of the labels.
 
     Notes
     -----
-    Layers of one size are averaged before they are resized, so that one map per size, step and token is resized,
-    whatever the number of layers and heads.
+    The layers of one size are averaged first, and only their mean is resized. The number of resized maps therefore does
+    not depend on the number of layers and heads.
     """
     target = nodes[0].sizes["y"], nodes[0].sizes["x"]
     total: np.ndarray | None = None
@@ -54,7 +54,10 @@ def layer_mean(nodes: Sequence[xr.Dataset], channels: Sequence[str], image: int)
 
 
 def _node_mean(node: xr.Dataset, channels: Sequence[str], image: int) -> np.ndarray:
-    """Mean over the layers and heads of one node; (step, channel, y, x), float32."""
+    """Return the mean of a node's maps over layers and heads, float32, (step, channel, y, x).
+
+    ``channels`` are the labels of the tokens whose maps are returned, in this order.
+    """
     labels = [str(token) for token in node["token"].values]
     if missing := [channel for channel in channels if channel not in labels]:
         raise RecordingError(
@@ -83,8 +86,9 @@ def refined(maps: np.ndarray, node: xr.Dataset, image: int, times: int) -> np.nd
     maps : numpy.ndarray, (step, channel, y, x)
         Maps of any size; they are first resized to the size of ``node``.
     node : xarray.Dataset
-        Self-attention of the same steps. The matrix of a step is the mean over its layers and heads; each row, the
-        attention of one location, is normalized to a sum of 1.
+        Node of a recording with the self-attention of the same steps. The matrix of a step is the mean over layers and
+        heads. Row i of the matrix is the attention that location i pays to all locations. Each row is normalized to a
+        sum of 1.
     image : int
         Index of the image in the batch.
     times : int
@@ -93,8 +97,8 @@ def refined(maps: np.ndarray, node: xr.Dataset, image: int, times: int) -> np.nd
     Returns
     -------
     numpy.ndarray, (step, channel, y, x)
-        Maps at the size of ``node``. Each multiplication replaces the value at a location by the mean of the map over
-        all locations, weighted by the attention that this location pays to them.
+        The propagated maps, at the size of ``node``. Each multiplication replaces the value at a location by a weighted
+        mean of the map. The weights are the attention that the location pays to all locations.
 
     References
     ----------
@@ -120,11 +124,14 @@ def normalized(maps: np.ndarray, how: Normalize, start: np.ndarray | None) -> np
     Parameters
     ----------
     maps : numpy.ndarray, (step, token, y, x)
+        One map per step and token.
     how : {None, "sum", "max", "minmax", "tokens", "start"}
-        Normalization, as in `Recording.maps`. None and ``"tokens"`` return the maps unchanged. ``"tokens"`` stands for
-        a softmax over tokens, which `Recording.maps` has already computed before it calls this function.
+        ``"sum"`` and ``"max"`` divide each map by its sum or maximum over space. ``"minmax"`` scales each map to the
+        range from 0 to 1. ``"start"`` divides each map by the map of start-of-text. None returns the maps unchanged. So
+        does ``"tokens"``, a softmax over tokens, because `Recording.maps` computes this softmax before it calls this
+        function.
     start : numpy.ndarray, (step, 1, y, x), optional
-        Maps of start-of-text, which ``"start"`` requires.
+        Maps of start-of-text. They are required if ``how`` is ``"start"``.
 
     Returns
     -------
@@ -133,6 +140,8 @@ def normalized(maps: np.ndarray, how: Normalize, start: np.ndarray | None) -> np
 
     Examples
     --------
+    Two maps of one row and two columns are divided by their sums, 4 and 0:
+
     >>> normalized(np.array([[[[1.0, 3.0]], [[0.0, 0.0]]]]), "sum", None).tolist()
     [[[[0.25, 0.75]], [[0.0, 0.0]]]]
     """

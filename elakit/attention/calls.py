@@ -1,8 +1,9 @@
 """Reading and changing calls of `F.scaled_dot_product_attention`: their arguments and outputs.
 
-Most layers are read and biased by hooks on their projections and arguments. Layers that do more between projection and
-softmax (their own rotary embeddings, fused projections, masks built inside) are read and biased here instead, at the
-call itself, so that nothing has to be computed a second time.
+Most attention layers are read and changed by hooks on their projections and arguments. Some layers do more between
+projection and softmax: they have rotary embeddings of their own, fused projections, or masks that are built inside.
+Such layers are read and changed in this module, at the attention call itself. The call receives the final queries,
+keys and masks, so nothing has to be computed a second time.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ class AttentionCall:
     Attributes
     ----------
     query : torch.Tensor, (rows, heads, queries, d)
-        Queries of each row of the batch, with d channels per head.
+        Queries of each row of the batch. Each head has d channels.
     key : torch.Tensor, (rows, heads, keys, d)
-        In grouped-query attention, keys and values have fewer heads than the queries.
+        Keys. In grouped-query attention, ``key`` and ``value`` have fewer heads than ``query``.
     value : torch.Tensor, (rows, heads, keys, d)
+        Values.
     mask : torch.Tensor or None
-        Numbers that are added to the scores, or booleans that are True where a key is seen; broadcasts to
-        (rows, heads, queries, keys). None masks nothing.
+        Mask that broadcasts to (rows, heads, queries, keys). A boolean mask is True where a key is seen. Any other mask
+        contains numbers that are added to the scores. None masks nothing.
     scale : float or None
-        Factor of the products of queries and keys; None stands for ``1 / sqrt(d)``.
+        Factor by which the products of queries and keys are multiplied. None stands for ``1 / sqrt(d)``.
     """
 
     query: Tensor
@@ -54,9 +56,9 @@ ChangeOf = Callable[[AttentionCall], AttentionCall]
 
 @contextmanager
 def watching(on_call: OnCall) -> Iterator[None]:
-    """Run ``on_call`` before each attention call inside the block, with the `AttentionCall` as its argument.
+    """Call ``on_call(call)`` before each attention call inside the ``with`` block.
 
-    The mask of the `AttentionCall` includes the biases of `biasing`.
+    ``call`` is an `AttentionCall`. If `biasing` adds a bias, the mask of ``call`` includes this bias.
     """
     with _Mode(on_call=on_call):
         yield
@@ -64,10 +66,10 @@ def watching(on_call: OnCall) -> Iterator[None]:
 
 @contextmanager
 def biasing(bias_of: BiasOf) -> Iterator[None]:
-    """Add the tensor ``bias_of(call)`` to the scores of each attention call inside the block.
+    """Add the tensor ``bias_of(call)`` to the scores of each attention call inside the ``with`` block.
 
-    The tensor broadcasts to (rows, heads, queries, keys). If ``bias_of`` returns None, the call is unchanged.
-    `watching` sees the biased call, whichever of the two blocks is the outer one.
+    ``call`` is an `AttentionCall`. The tensor broadcasts to (rows, heads, queries, keys). If ``bias_of`` returns None,
+    the call is unchanged. `watching` receives the biased call, even if the `watching` block is the outer one.
     """
     with _Mode(bias_of=bias_of):
         yield
@@ -75,9 +77,10 @@ def biasing(bias_of: BiasOf) -> Iterator[None]:
 
 @contextmanager
 def watching_outputs(on_output: OnOutput) -> Iterator[None]:
-    """Call ``on_output(call, output)`` after each attention call inside the block.
+    """Call ``on_output(call, output)`` after each attention call inside the ``with`` block.
 
-    The mask of ``call``, and therefore the output, includes the biases of `biasing`.
+    ``call`` is an `AttentionCall`, and ``output`` is the tensor that the call returned. If `biasing` adds a bias, the
+    mask of ``call`` includes this bias, and ``output`` was computed with it.
     """
     with _Mode(on_output=on_output):
         yield
@@ -85,11 +88,13 @@ def watching_outputs(on_output: OnOutput) -> Iterator[None]:
 
 @contextmanager
 def changing(change_of: ChangeOf, on_output: OnOutput) -> Iterator[None]:
-    """Replace each attention call inside the block by ``change_of(call)``, and pass the output to ``on_output``.
+    """Replace each attention call inside the ``with`` block by ``change_of(call)``, and run the changed call.
 
-    ``on_output(changed, output)`` is called with the changed call and what it computed. Use the block around a
-    separate denoiser call: context managers of this module that were entered outside it neither see nor change the
-    calls inside it.
+    ``on_output(changed, output)`` is then called. ``changed`` is the changed `AttentionCall`, and ``output`` is the
+    tensor that this call returned.
+
+    The block is meant for a separate denoiser call. Blocks of `watching`, `biasing` and the like that were entered
+    earlier have no effect inside this block.
     """
     outer, _ACTIVE.modes = _ACTIVE.modes, []
     try:
@@ -108,10 +113,11 @@ _ACTIVE = _Active()
 
 
 class _Mode(TorchFunctionMode):
-    """Torch function mode of one block of this module.
+    """Torch function mode behind each ``with`` block of this module (`watching`, `biasing` and the like).
 
-    Each attention call is handled once, by the mode of the innermost open block, which applies the functions of all
-    open blocks. Inside a `changing` block, only this block and the blocks inside it count as open.
+    A block sets the functions that it needs; the other arguments are None. If blocks are nested, the mode of the
+    innermost block handles each attention call. This mode applies the functions of all open blocks. Inside a `changing`
+    block, only this block and the blocks inside it count as open.
     """
 
     def __init__(
@@ -184,9 +190,10 @@ _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a boolean mask, True where a key is seen, to numbers that are added to the scores.
+    """Convert a boolean mask to numbers that are added to the attention scores.
 
-    Other masks are returned unchanged.
+    True, where a key is seen, becomes 0. False becomes -10000. The numbers have the type ``dtype``. A mask that is not
+    boolean is returned unchanged.
     """
     if mask.dtype != torch.bool:
         return mask

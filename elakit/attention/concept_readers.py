@@ -1,4 +1,4 @@
-"""Readers of the maps of concepts that are not in the prompt: one class for each kind of attention."""
+"""Classes that compute maps of concepts that are not in the prompt, one class for each kind of attention."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from elakit.prompt import Prompt, parse
 
 
 class Reader:
-    """Base of the classes that compute the maps of one `map_concepts` block.
+    """Base of the classes that compute the maps of concepts for one `map_concepts` block.
 
     Parameters
     ----------
     adapter : Adapter
+        Adapter of the pipeline.
     prompt : Prompt or str
         The prompt of the run.
     words : sequence of str
-        Concepts.
+        The concepts: words or phrases that need not be in the prompt.
     begin : callable
-        Function that is called as ``begin(timestep)`` at the start of each denoiser call that sees the prompt.
+        Function ``begin(timestep)``. It is called at the start of each denoiser call that sees the prompt.
     add : callable
-        Function that is called as ``add(maps, size)`` with the maps (image, concept, h*w) of each layer and their size
-        (h, w).
+        Function ``add(maps, size)``. It is called for each layer with the maps of the concepts, (image, concept, h*w).
+        ``size`` is the (h, w) of these maps.
     """
 
     def __init__(
@@ -65,25 +66,43 @@ class Reader:
         self.seen = None
 
     def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the arguments of a denoiser call that is about to run, and begin its maps if it sees the prompt."""
+        """Read the arguments of a denoiser call that is about to run.
+
+        If the denoiser call sees the prompt, ``self.begin`` is called with its timestep.
+        """
         self.seen = self.watch.read(args, kwargs)
         if self.seen is not None:
             self.begin(self.seen.call.timestep)
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read the layers; reading ends when ``hooks`` are removed and ``stack`` is closed."""
+        """Start to read the attention of ``layers``.
+
+        Reading ends when ``hooks`` are removed and ``stack`` is closed.
+        """
         raise NotImplementedError
 
     def by_concept(self, values: Tensor) -> Tensor:
-        """Average the tokens of each concept; (..., tokens) -> (..., concepts)."""
+        """Average values over the tokens of each concept; (..., tokens) -> (..., concepts)."""
         return torch.stack([part.mean(-1) for part in values.split(self.counts, dim=-1)], dim=-1)
 
     def compare(self, image: Tensor, concepts: Tensor) -> Tensor:
-        """Compute the maps of ConceptAttention, (rows, concepts, h*w), from attention outputs.
+        """Compute maps of concepts from attention outputs, as the method ConceptAttention does.
 
-        ``image``, (rows, h*w, c), contains the outputs of the image's locations, and ``concepts``, (rows, tokens, c),
-        those of the concepts' tokens. Their dot products are averaged over the tokens of each concept; the maps are the
-        softmax of these means over the concepts.
+        At each location, the output of the image is compared with the output of each concept token by their dot
+        product. The dot products are averaged over the tokens of each concept. The maps are the softmax of these means
+        over the concepts.
+
+        Parameters
+        ----------
+        image : torch.Tensor, (rows, h*w, channels)
+            Attention outputs of the image's locations.
+        concepts : torch.Tensor, (rows, tokens, channels)
+            Attention outputs of the concepts' tokens.
+
+        Returns
+        -------
+        torch.Tensor, (rows, concepts, h*w)
+            The maps.
         """
         # Scores can be in the hundreds, where bfloat16 has steps of 1 or more; autocast would use half precision, too.
         with torch.autocast(image.device.type, enabled=False):
@@ -91,7 +110,7 @@ class Reader:
         return self.by_concept(scores).softmax(-1).movedim(-1, 1)
 
     def _positions(self, word: str) -> list[int]:
-        """Positions of a concept's tokens in the encoded text that consists of this concept alone."""
+        """Return the positions of a concept's tokens in a text that consists of this concept alone."""
         return [token.index for token in parse(f"[{word}]", self.adapter.pipe).tokens]
 
     @torch.no_grad()
@@ -113,10 +132,14 @@ def _text_states(conditioning: Conditioning) -> Tensor:
 
 
 class Cross(Reader):
-    """Reader for cross-attention that is read by hooks: the concepts' tokens are further keys beside the prompt's."""
+    """Reader that computes maps of concepts from cross-attention, by hooks on the layers.
+
+    For the maps, the keys of the concepts' tokens are appended to the keys of the prompt. The run itself is not
+    changed.
+    """
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read the layers."""
+        """Start to read the attention of ``layers``."""
         self.beside: dict[str, Tensor] = dict.fromkeys(
             (layer.name for layer in layers), _projected(self.denoiser, self._states())
         )
@@ -124,7 +147,10 @@ class Cross(Reader):
 
     @torch.no_grad()
     def on_attention(self, layer: AttentionLayer, attend: Attend, size: Size) -> None:
-        """Compute the maps of a layer that has just run, and pass them to `add`."""
+        """Compute the concept maps of a layer that has just run, and pass the maps to ``self.add``.
+
+        ``attend`` returns the attention probabilities of the layer. ``size`` is the (h, w) of the layer's maps.
+        """
         if self.seen is None:
             return
         count = sum(self.counts)
@@ -135,11 +161,14 @@ class Cross(Reader):
 
 
 class AtCall(Cross):
-    """Reader for cross-attention that is read at its attention call (Sana, HunyuanDiT)."""
+    """Reader that computes maps of concepts from cross-attention, at the attention calls of Sana and HunyuanDiT."""
 
     @torch.no_grad()
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read the layers; the concepts' keys are computed once, as neither image nor step changes them."""
+        """Compute the keys of the concepts, and start to read the attention of ``layers``.
+
+        The keys are computed only once, because they do not depend on the image or the step.
+        """
         inside: list[str] = []
         keys: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
 
@@ -191,9 +220,9 @@ def _projected(denoiser: Any, states: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Keys and values of the image in one layer of the run's denoiser call, and the attention outputs of the image.
+    """Keys, values and attention outputs of the image in one layer, kept from the run's denoiser call.
 
-    The outputs are None in layers that are not read.
+    ``output`` is None if no maps are computed from the layer.
     """
 
     key: Tensor
@@ -202,14 +231,18 @@ class _Kept:
 
 
 class TextPass(Reader):
-    """Reader for joint attention that is read at its attention call.
+    """Reader that computes maps of concepts from joint attention, at the layers' attention calls.
 
-    A second denoiser call has the concepts as its text; they attend to each other and to the keys and values of the
-    image, which were kept from the run's own call.
+    After each denoiser call of the run, the denoiser is called a second time, with the concepts as its text. In this
+    second call, the concepts attend to each other and to the image. The keys and values of the image come from the
+    run's own call.
     """
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Place hooks on the layers that are read, and on all earlier ones: the concepts' states pass through them."""
+        """Place hooks on ``layers``, which are read, and on all earlier layers of the denoiser.
+
+        The concepts' states must pass through the earlier layers before they reach ``layers``.
+        """
         self.states = self._states()
         self.chosen = {layer.name for layer in layers}
         every = self.adapter.layers()
@@ -226,7 +259,10 @@ class TextPass(Reader):
         stack.enter_context(watching_outputs(self._keep))
 
     def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read a denoiser call of the run that is about to start; the second call, for the concepts, is not read."""
+        """Read the arguments of a denoiser call of the run that is about to start.
+
+        The second denoiser call, which has the concepts as its text, is ignored.
+        """
         if self.given is not None:
             return
         self.kept.clear()
@@ -253,12 +289,12 @@ class TextPass(Reader):
 
     @torch.no_grad()
     def after_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
-        """Run a second denoiser call, with the concepts as its text.
+        """Run a second denoiser call after a denoiser call of the run, with the concepts as its text.
 
         Raises
         ------
         RecordingError
-            Raised when a layer ran without the attention call at which it is read.
+            Raised when a layer did not call `F.scaled_dot_product_attention`, so that its attention could not be read.
         """
         if self.seen is None or self.given is not None:
             return
@@ -278,7 +314,11 @@ class TextPass(Reader):
             self.kept.clear()
 
     def _join(self, call: AttentionCall) -> AttentionCall:
-        """Replace the image's keys and values in a call of the second pass by those that were kept from the run."""
+        """Join the concepts' keys and values with those of the image that were kept from the run.
+
+        ``call`` is an attention call of the second denoiser call, which has the concepts as its text. In the returned
+        call, the kept keys and values replace those of ``call`` that belong to the image.
+        """
         if self.inside is None:
             return call
         first, count = self.text
@@ -300,19 +340,23 @@ class TextPass(Reader):
 
 
 def _by_row(output: Tensor) -> Tensor:
-    """Outputs of all heads side by side; (rows, heads, n, d) -> (rows, n, channels)."""
+    """Concatenate the attention outputs of all heads; (rows, heads, n, d) -> (rows, n, heads x d)."""
     return output.transpose(1, 2).flatten(2)
 
 
 class Stream(Reader):
-    """Reader for FLUX.1 and Stable Diffusion 3, in which hooks compute states of the concepts block by block.
+    """Reader that computes maps of concepts for FLUX.1 and Stable Diffusion 3, by hooks on the double-stream blocks.
 
-    After each double-stream block of the run, a hook computes what the block would do with the concepts as its text:
-    they attend to each other and to the image. The block itself computes the same as without the hook.
+    After each double-stream block of the run, a hook computes what the block would do if the concepts were its text. In
+    this computation, the concepts attend to each other and to the image. The hook does not change the block's own
+    result.
     """
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read the layers; the states of the concepts are computed in all double-stream blocks."""
+        """Start to read the attention of ``layers``.
+
+        The states of the concepts are computed in all double-stream blocks, including blocks that are not read.
+        """
         self.states = self._states()
         chosen = {layer.name for layer in layers}
         for number, block in enumerate(self.denoiser.transformer_blocks):
@@ -360,7 +404,7 @@ class Stream(Reader):
 
 
 def _concept_attention(layer: AttentionLayer, concept: Tensor, image: Tensor, rotary: Any) -> Tensor:
-    """Attention outputs of concepts in one layer, in which the concepts attend to each other and to the image.
+    """Compute the attention outputs of concepts in one layer: the concepts attend to each other and to the image.
 
     Parameters
     ----------
@@ -376,7 +420,7 @@ def _concept_attention(layer: AttentionLayer, concept: Tensor, image: Tensor, ro
     Returns
     -------
     Tensor, (rows, tokens, channels)
-        Outputs of all heads side by side, before the output projection.
+        Attention outputs of the concepts' tokens: the heads are concatenated, and the output projection is not applied.
     """
     module: Any = layer.module
 

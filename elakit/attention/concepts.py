@@ -24,12 +24,17 @@ from elakit.prompt import Prompt
 class ConceptMaps:
     """Maps of concepts (words that need not be in the prompt), from all runs inside one `map_concepts` block.
 
+    `map_concepts` creates this object. The argument ``layers`` is the number of layers from which each denoiser call
+    adds maps.
+
     Attributes
     ----------
     concepts : tuple of str
         The words that were given to `map_concepts`.
     kind : {"probability", "similarity"}
-        Kind of the values: "probability" in cross-attention, "similarity" in joint attention; see `map_concepts`.
+        Kind of the values. ``"probability"`` (cross-attention): the attention that a concept would get if it were
+        appended to the prompt. ``"similarity"`` (joint attention): how similar the image is to a concept at a location,
+        relative to the other concepts.
     """
 
     def __init__(self, concepts: Sequence[str], kind: str, layers: int) -> None:
@@ -53,14 +58,14 @@ class ConceptMaps:
         Returns
         -------
         xarray.DataArray, (step, concept, y, x)
-            float32, with the coordinate ``timestep(step)``. ``step`` counts the denoiser calls of the block from 0,
-            without a call that was interrupted.
+            float32, with the coordinate ``timestep(step)``. ``step`` counts the finished denoiser calls of the block
+            from 0.
 
         Raises
         ------
         RecordingError
-            Raised when no step was finished, no map has the size, the batch has no such image, or the block contains
-            pipeline calls with different numbers of images.
+            Raised when no step was finished; when no map has this size; when the batch has no such image; or when the
+            runs in the block have different numbers of images.
         """
         calls = [
             (timestep, found)
@@ -108,7 +113,7 @@ class ConceptMaps:
         self._sums.append({})
 
     def add(self, maps: Tensor, size: Size) -> None:
-        """Add the maps (image, concept, h*w) of one layer to the call in progress."""
+        """Add the maps of one layer, (image, concept, h*w), to the denoiser call in progress; ``size`` is (h, w)."""
         values = maps.float().cpu().numpy().reshape(*maps.shape[:2], *size)
         total, count = self._sums[-1].get(size, (0, 0))
         self._sums[-1][size] = (total + values, count + 1)
@@ -118,10 +123,10 @@ class ConceptMaps:
 def map_concepts(
     pipe: Pipeline, prompt: Prompt | str, words: Sequence[str], *, layers: str | Sequence[str] = "all"
 ) -> Iterator[ConceptMaps]:
-    """Compute maps of concepts, words that need not be in the prompt, for the runs inside the ``with`` block.
+    """Compute maps of concepts for the runs inside the ``with`` block.
 
-    The image is the same, bit for bit, as without the block: the concepts attend to the image, and the image does not
-    attend to them.
+    Concepts are words or short phrases that need not be in the prompt. They do not influence the run: the image is the
+    same, bit for bit, as without the block.
 
     Parameters
     ----------
@@ -130,32 +135,34 @@ def map_concepts(
     prompt : Prompt or str
         The prompt that the pipeline is called with.
     words : sequence of str
-        Concepts: words or short phrases. Families with joint attention (kind "similarity") need at least two.
+        The concepts. Families with joint attention need at least two.
     layers : str or sequence of str
-        Layers to average, as in `select_layers`. In models that have double-stream blocks, only these are used.
+        Layers to average: ``"all"``, a place such as ``"up"``, a pattern of names, or several of these. `select_layers`
+        describes them. If the model has double-stream blocks, its other layers are left out.
 
     Yields
     ------
     ConceptMaps
-        The maps, which are complete at the end of the block. Their values are not attention of the run, because the
-        run has no tokens for the concepts:
+        The maps, which are complete at the end of the block. The run has no tokens for the concepts, so the values are
+        not attention of the run. There are two kinds of values:
 
-        * cross-attention, kind "probability": the attention that a token of the concept would get if it were
-          appended to the prompt, ``exp(s_c) / (sum_t exp(s_t) + exp(s_c))`` with the attention scores ``s_c`` of the
-          concept and ``s_t`` of the prompt's tokens. It is averaged over the heads and over the tokens of a concept;
-        * joint attention, kind "similarity": ConceptAttention. The concepts are a second text that attends to itself
-          and to the image. For each location, the dot products of its attention output with the outputs of the
-          concepts are computed (with the outputs of all heads side by side); the values of the maps are the softmax of
-          these products over the concepts.
+        * Cross-attention has the kind "probability". The value is the attention that a token of the concept would get
+          if it were appended to the prompt: ``exp(s_c) / (sum_t exp(s_t) + exp(s_c))``. Here, ``s_c`` is the attention
+          score of this token, and ``s_t`` are the scores of the prompt's tokens. The value is averaged over the heads
+          and over the tokens of the concept.
+        * Joint attention has the kind "similarity", computed by ConceptAttention. The concepts are a second text, which
+          attends to itself and to the image. At each location, the dot product of the image's attention output with the
+          attention output of each concept is computed, over all heads together. The values are the softmax of these
+          products over the concepts.
 
     Raises
     ------
     SettingError
-        Raised when no concept is given, or only one for a family with joint attention; when a concept is empty or
-        contains brackets.
+        Raised when no concept is given; when a family with joint attention is given only one concept; or when a concept
+        is empty or contains brackets.
     RecordingError
-        Raised when elakit cannot encode prompts for the pipeline's family; when only single-stream blocks are selected
-        in a model that has double-stream blocks; and for the reasons listed in `elakit.record`.
+        Raised when elakit cannot encode prompts for the pipeline's family; when a model has double-stream blocks, but
+        ``layers`` selects none of them; and for the reasons listed in `elakit.record`.
     PromptError
         Raised when the prompt or a concept cannot be parsed.
     ModelError
@@ -163,13 +170,13 @@ def map_concepts(
 
     Notes
     -----
-    In FLUX.1 and Stable Diffusion 3, the states of the second text are computed by a hook on each double-stream block.
-    Other families with joint attention keep the keys, values and outputs of the image until the denoiser call ends, and
-    then run the denoiser a second time with the concepts as its text and one patch (in Qwen-Image, one row of patches)
-    as its image.
-    ConceptAttention was published for double-stream blocks; in families that have single-stream blocks only
-    (Z-Image, Lumina 2, CogView3-Plus, CogView4) the definition is the same, with the projections that image and text
-    share.
+    In FLUX.1 and Stable Diffusion 3, a hook on each double-stream block computes the states of the concepts. In other
+    families with joint attention, the denoiser runs a second time after each denoiser call, with the concepts as its
+    text. In the second pass, the concepts attend to the image's keys and values from the first pass. The image that the
+    second pass receives is therefore only a placeholder of one patch (in Qwen-Image, one row of patches).
+
+    ConceptAttention was published for double-stream blocks. Z-Image, Lumina 2, CogView3-Plus and CogView4 have only
+    single-stream blocks. For them, the definition is the same, with the projections that image and text share.
 
     References
     ----------
@@ -217,10 +224,10 @@ def map_concepts(
 def _reader_of(
     adapter: Adapter, chosen: Sequence[AttentionLayer], asked: str | Sequence[str]
 ) -> tuple[type[Reader], Sequence[AttentionLayer]]:
-    """Class of the reader of concepts, and the layers of ``chosen`` that it reads.
+    """Choose the class that computes the maps of concepts, and the layers that it reads.
 
-    In a model with double-stream blocks, only layers of these blocks are read. If ``chosen`` contains none, a
-    `RecordingError` is raised that quotes ``asked``, the user's selection of layers.
+    The layers are those of ``chosen``. If the model has double-stream blocks, all other layers are dropped. If none
+    remains, a `RecordingError` is raised; its message quotes ``asked``, the selection of layers that the user gave.
     """
     at_call = any(layer.layout is not None for layer in chosen)
     if all(layer.kind == "cross" for layer in chosen):

@@ -1,8 +1,8 @@
-"""Interventions on attention: changing what the locations of the image attend to, where, when and in which layers.
+"""Edits of attention: changing what the locations of the image attend to, in chosen regions, steps and layers.
 
-A change is a bias that is added to the attention scores before the softmax. Hooks add it to the layer's attention mask
-or, where the processor ignores masks, to the scores at the attention call. No processor is replaced, and a recording
-contains the changed attention.
+An edit is a bias that is added to the attention scores before the softmax. Hooks add the bias to the attention mask of
+the layer. Where the attention processor ignores masks, the bias is added to the scores at the attention call instead.
+No processor is replaced, and a recording contains the changed attention.
 """
 
 from __future__ import annotations
@@ -41,27 +41,28 @@ class Edit:
     Parameters
     ----------
     tokens : str, int, Entity or a sequence of these
-        The tokens of the prompt to which the attention is changed: a word, label, phrase, entity or position;
-        ``"<start>"`` for start-of-text; ``"<end>"`` for end-of-text and padding.
+        Tokens to which the attention is changed: a word, label, phrase, entity or position of the prompt, or several.
+        ``"<start>"`` is start-of-text; ``"<end>"`` is end-of-text and padding.
     scale : float
-        Factor of the tokens' weights before the weights of all tokens are normalized to a sum of 1; that is,
-        ``log(scale)`` is added to the tokens' logits. 0 masks the tokens, 1 changes nothing.
+        Factor by which the weights of ``tokens`` are multiplied, before the weights of all tokens are normalized to a
+        sum of 1. This adds ``log(scale)`` to the logits of ``tokens``. 0 masks the tokens; 1 changes nothing.
     add : float
-        Number from -100 to 100 that is added to the tokens' logits. ``scale=2`` and ``add=math.log(2)`` have the same
-        effect.
+        Number from -100 to 100 that is added to the logits of ``tokens``. ``add=math.log(2)`` has the same effect as
+        ``scale=2``.
     like : str, int or Entity, optional
-        Another token, whose logits (the mean over its positions if it has several) replace those of ``tokens``: the
-        image then attends to ``tokens`` exactly as to the other token, but the values that it receives remain those of
-        ``tokens``. ``like`` excludes ``scale`` and ``add``, and requires plain cross-attention (Stable Diffusion 1.x
-        and 2.x, SDXL, Kolors, PixArt).
+        Another token, whose logits replace the logits of ``tokens``. If this other token has several positions, the
+        mean of its logits is used. The image then attends to ``tokens`` exactly as to the other token, but still
+        receives the values of ``tokens``. ``like`` excludes ``scale`` and ``add``. It requires plain cross-attention
+        (Stable Diffusion 1.x and 2.x, SDXL, Kolors, PixArt).
     region : array, (y, x), optional
-        Part of the image in which the edit acts, as an array of any resolution: booleans that are True inside, or
-        numbers from 0 to 1, the share of each element that lies inside. Default: the whole image.
+        Part of the image in which the edit acts, as an array of any resolution. Booleans are True inside the region.
+        Numbers from 0 to 1 are the share of each array element that lies inside the region. Default: the whole image.
     steps : int, slice or sequence of int, optional
-        Denoiser calls in which the edit acts, counted from 0 at the start of the block; a second run in the block
-        continues the count. Default: all.
+        Denoiser calls in which the edit acts, counted from 0 at the start of the ``with edit(...)`` block. A second run
+        in the block continues the count. Default: all.
     layers : str or sequence of str
-        Layers in which the edit acts, as in `select_layers`.
+        Layers in which the edit acts: ``"all"``, a place such as ``"up"``, a pattern of names, or several of these.
+        `select_layers` describes them.
 
     Raises
     ------
@@ -70,15 +71,23 @@ class Edit:
 
     Notes
     -----
-    Let ``p`` be the attention probability of one token. If the token's weight is multiplied by
-    ``f = scale * exp(add)``, the probability becomes ``f p / (1 + (f - 1) p)``. At a location of which the region
-    covers a share ``r``, the factor is ``1 + r (f - 1)`` instead of ``f``. With ``like``, let ``x`` be the logit of
-    ``tokens`` at this location, and ``y`` the logit of the other token. Then ``x`` becomes ``(1 - r) x + r y``.
+    Let ``p`` be the attention probability of one token at a location. If the token's weight is multiplied by ``f``, the
+    probability becomes ``f p / (1 + (f - 1) p)``. Inside the region, ``f`` is ``scale * exp(add)``. If the region
+    covers only a share ``r`` of the location, the weight is multiplied by ``1 + r (f - 1)`` instead.
+
+    With ``like``, the logit ``x`` of one of ``tokens`` becomes ``(1 - r) x + r y``. Here, ``y`` is the logit of the
+    other token at the same location. Without a region, ``r`` is 1.
 
     Examples
     --------
+    Mask the word "car" in the left half of the image, in the first five denoiser calls and in the decoder. ``factor``
+    is ``scale * exp(add)``:
+
     >>> Edit("car", scale=0, region=[[True, False]], steps=slice(0, 5), layers="up").factor
     0.0
+
+    A value that is not allowed raises an error:
+
     >>> Edit("car", add=float("nan"))
     Traceback (most recent call last):
     ...
@@ -133,7 +142,7 @@ class Edit:
 
     @property
     def factor(self) -> float:
-        """Factor of the tokens' weights in the region, ``scale * exp(add)``."""
+        """Factor by which the weights of ``tokens`` are multiplied inside the region: ``scale * exp(add)``."""
         return self.scale * math.exp(self.add)
 
     def acts(self, call: int) -> bool:
@@ -149,13 +158,13 @@ class Edit:
 def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Iterator[None]:
     """Change the attention of the runs of ``pipe`` inside the ``with`` block.
 
-    Only rows of a batch that see the prompt are changed, and only the attention of the image's locations. The edits of
-    one block, and those of nested blocks, add up. `elakit.record`, inside or outside the block, records the changed
-    attention. An edit that changes nothing leaves the image the same, bit for bit.
+    Only the attention of the image's locations is changed, and only in the rows of a batch that see the prompt. The
+    edits of one block, and those of nested blocks, add up. `elakit.record` records the changed attention, whether its
+    block is the inner or the outer one. An edit that changes nothing leaves the image the same, bit for bit.
 
-    Edits act in the pipeline's own denoiser calls. They do not act in the passes in which a guidance method computes
-    gradients or searches for the initial noise: these passes run inside `paused`, so the method sees the unedited
-    attention, and ``Edit.steps`` has the same meaning with and without guidance.
+    Edits act in the pipeline's own denoiser calls. A guidance method makes further denoiser calls, to compute gradients
+    or to search for the initial noise. Edits do not act in these further calls, so the method sees the unedited
+    attention. ``Edit.steps`` does not count the further calls, so it has the same meaning with and without guidance.
 
     Parameters
     ----------
@@ -170,7 +179,7 @@ def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> 
     ------
     RecordingError
         Raised when an edit names a token that is not in the prompt, or a layer that is not in the model; when ``like``
-        is given for a layer that is not of plain cross-attention; and for the reasons listed in `elakit.record`.
+        is used in a layer without plain cross-attention; and for the reasons listed in `elakit.record`.
     PromptError
         Raised when the prompt cannot be parsed.
     ModelError
@@ -178,11 +187,15 @@ def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> 
 
     Notes
     -----
-    An active edit gives the layer an attention mask of shape (image locations, keys). Attention kernels that take no
-    mask, such as flash attention if it is set as the backend, then raise an error of their own.
+    While an edit acts in a layer, the layer has an attention mask of shape (image locations, keys). Some attention
+    kernels take no mask, for example flash attention if it is set as the backend. These kernels then raise an error of
+    their own.
 
     Examples
     --------
+    Mask the word "car" in the left half of the image. The map of the car is then 0 in the left half, and positive in
+    the right half:
+
     >>> import elakit
     >>> from elakit.attention import Edit, edit
     >>> pipe = elakit.load("picture-world")
@@ -209,7 +222,7 @@ def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> 
 
 
 class _Editor:
-    """The edits of one block, and the call in progress."""
+    """State of one `edit` block: its edits, and the denoiser call in progress."""
 
     def __init__(self, adapter: Adapter, prompt: Prompt, edits: Sequence[Edit]) -> None:
         self.adapter = adapter
@@ -246,11 +259,22 @@ class _Editor:
             self.calls += 1
 
     def bias(self, layer: AttentionLayer, size: tuple[int, int], text: int, like: Tensor) -> Tensor | None:
-        """Bias of a layer's scores in the current call, from the options ``scale`` and ``add`` of the edits.
+        """Compute the bias of a layer's scores in the current call, from ``scale`` and ``add`` of the edits.
 
-        The result has the shape (h*w, ``text``), where ``size`` is the (h, w) of the layer's maps and ``text`` the
-        number of text positions. Its type and device are those of the tensor ``like``, which is not the option
-        `Edit.like`. None if no edit changes the scores of this layer by ``scale`` or ``add``.
+        Parameters
+        ----------
+        layer : AttentionLayer
+        size : (h, w)
+            Size of the layer's maps.
+        text : int
+            Number of text positions.
+        like : torch.Tensor
+            Tensor whose data type and device the bias gets. It is not the option `Edit.like`.
+
+        Returns
+        -------
+        torch.Tensor or None, (h*w, text)
+            The bias. None if no edit changes the scores of this layer by ``scale`` or ``add``.
         """
         acting = tuple(i for i in self.active if layer.name in self.named[i])
         if not acting:
@@ -267,10 +291,13 @@ class _Editor:
     def replaced(
         self, layer: AttentionLayer, size: tuple[int, int], text: int
     ) -> list[tuple[list[int], list[int], Tensor]]:
-        """Replacements of logits in a layer, one for each edit with ``like``.
+        """List the replacements of logits in a layer, one for each active edit with ``like``.
 
-        Each replacement is a tuple of the positions whose logits are replaced, the positions whose mean logit replaces
-        them, and the share of each location that the region covers, (h*w, 1).
+        Each replacement is a tuple of three elements. The first lists the text positions whose logits are replaced. The
+        second lists the text positions whose mean logit is used instead. The third is the share of each location that
+        lies in the edit's region, (h*w, 1).
+
+        ``size`` is the (h, w) of the layer's maps. ``text`` is the number of text positions.
         """
         found = []
         for i in self.active:
@@ -283,7 +310,11 @@ class _Editor:
         return found
 
     def _positions(self, tokens: Any, length: int) -> list[int]:
-        """Positions of tokens in the call in progress; image tokens that follow the text do not count as padding."""
+        """Return the positions of ``tokens`` in the text of the denoiser call in progress.
+
+        ``length`` is the number of positions that the layer receives as text. Image tokens that follow the text (FLUX
+        Redux) are left out, so that they do not count as padding.
+        """
         limit = self.seen.text if self.seen is not None else None
         return _positions(self.prompt, tokens, length if limit is None else min(length, limit))
 
@@ -352,12 +383,14 @@ class _LayerHook:
     def _differences(
         self, image: Tensor, words: Tensor, replaced: Sequence[tuple[list[int], list[int], Tensor]]
     ) -> Tensor:
-        """Bias that replaces the logits of some tokens by the logits of other tokens, (rows x heads, h*w, text).
+        """Compute the bias that replaces the logits of some tokens by those of other tokens, (rows x heads, h*w, text).
 
-        The bias of a token is its new logit minus its old one, times the share of the location that the region covers.
-        It is 0 in rows that do not see the prompt. ``replaced`` is the result of `_Editor.replaced`.
+        The bias of a token is its new logit minus its old logit, times the share of the location that lies in the
+        region. The bias is 0 in rows that do not see the prompt.
 
-        Queries and keys are projected once more, because the layer prepares its mask before it projects them.
+        ``image`` and ``words`` are the hidden states that the layer receives. ``replaced`` is the result of
+        `_Editor.replaced`. Queries and keys are computed here once more, because the layer prepares its mask before it
+        computes its own queries and keys.
         """
         module: Any = self.layer.module
         if getattr(module, "norm_cross", None):
@@ -380,9 +413,11 @@ class _LayerHook:
         return torch.where(seen, bias, torch.zeros_like(bias)).flatten(0, 1).to(image.dtype)
 
     def _of_all_keys(self, small: Tensor) -> Tensor:
-        """Extend a bias of the rows that see the prompt to all rows and keys.
+        """Extend the bias ``small``, (h*w, text), to all rows, queries and keys of the layer.
 
-        (h*w, text) -> (row, h*w, text) for cross-attention, (row, 1, query, key) for joint attention.
+        ``small`` is the bias for the rows that see the prompt, the queries of the image, and the keys of the text. All
+        other elements of the result are 0. The result is (row, h*w, text) for cross-attention, and (row, 1, query, key)
+        for joint attention.
         """
         seen = self.editor.seen
         assert seen is not None
@@ -401,7 +436,10 @@ class _LayerHook:
 
 
 class _Pending:
-    """The bias of the layer that is running, if its processor ignores masks: it is added at the attention call."""
+    """Bias of the layer that is running, kept until it is added to the scores at the layer's attention call.
+
+    Layers that receive the bias as part of their attention mask do not need this object.
+    """
 
     def __init__(self) -> None:
         self.small: Tensor | None = None  # (h*w, text positions)
@@ -428,7 +466,10 @@ class _Pending:
 
 
 def _takes_other_logits(layer: AttentionLayer) -> bool:
-    """Return whether ``like`` is possible in a layer: its keys are the text alone, and hooks see its projections."""
+    """Return whether the option ``like`` of an edit is possible in a layer.
+
+    The layer's keys must be those of the text alone, and hooks must see the layer's projections.
+    """
     return layer.kind == "cross" and layer.layout is None
 
 
@@ -437,7 +478,10 @@ def _as_sequence(what: Any) -> tuple[Any, ...]:
 
 
 def _region(region: Any) -> np.ndarray:
-    """The region as float64, (y, x), whatever the order of a DataArray's dimensions."""
+    """Return a region as a float64 array, (y, x).
+
+    An `xarray.DataArray` may have its dimensions in either order.
+    """
     if isinstance(region, xr.DataArray):
         if set(region.dims) != {"y", "x"}:
             raise SettingError(
@@ -449,12 +493,15 @@ def _region(region: Any) -> np.ndarray:
 
 
 def _log_factor(change: Edit, size: tuple[int, int]) -> Tensor:
-    """Logarithm of the factor at each location, (h*w, 1)."""
+    """Logarithm of the factor by which an edit multiplies the tokens' weights at each location, (h*w, 1).
+
+    The factor is 1 outside the edit's region. ``size`` is the (h, w) of the map.
+    """
     return torch.log1p(_share(change, size) * (change.factor - 1)).clamp(min=NEVER).reshape(-1, 1)
 
 
 def _share(change: Edit, size: tuple[int, int]) -> Tensor:
-    """Share of each location that the region covers, (h, w)."""
+    """Share of each location's area that lies in the edit's region, (h, w); 1 if the edit has no region."""
     if change.region is None:
         return torch.ones(size, dtype=torch.float64)
     return torch.from_numpy(area_mean(_region(change.region), size))

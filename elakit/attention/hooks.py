@@ -16,12 +16,16 @@ _PRE, _POST = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"), ("_forwa
 
 
 class Hooks:
-    """Hooks that are placed together and removed together, even after an exception.
+    """Group of module hooks, which are placed together and removed together, even after an exception.
 
-    A hook is noted before it is placed, so that an interrupt at any moment leaves none behind. It acts only in the
-    thread that created the `Hooks` object (and in the threads that compute gradients): another thread that runs the
-    same module is not affected. A copy of the module (`copy.deepcopy`, `pickle`) gets hooks that do nothing and remove
-    themselves at the first call.
+    Each hook is noted in this object before it is placed on its module. An interrupt therefore never leaves a hook
+    behind.
+
+    The hooks act only in the thread that created this object, and in threads that compute gradients. If another thread
+    runs the same module, the hooks do nothing.
+
+    If a module is copied (`copy.deepcopy`, `pickle`), the copy gets hooks that do nothing and remove themselves at the
+    first call.
 
     Examples
     --------
@@ -82,7 +86,10 @@ _ALONE = _Alone()
 
 @contextmanager
 def alone(hooks: Hooks) -> Iterator[None]:
-    """Suspend all hooks in this thread except those of ``hooks``, for a separate denoiser call within a run's call."""
+    """Suspend the hooks of all other `Hooks` objects in this thread, inside the ``with`` block.
+
+    Only ``hooks`` stay active. The block is meant for a separate denoiser call, made during a denoiser call of the run.
+    """
     outer, _ALONE.hooks = _ALONE.hooks, hooks
     try:
         yield
@@ -91,7 +98,10 @@ def alone(hooks: Hooks) -> Iterator[None]:
 
 
 class _Hook:
-    """A hook that acts in one thread."""
+    """Hook of the `Hooks` object ``owner``: the hook calls ``act``.
+
+    The hook acts only in the thread with the number ``thread``, and in threads that compute gradients.
+    """
 
     def __init__(self, act: Callable[..., Any], owner: Hooks, thread: int) -> None:
         self._act = act
@@ -125,7 +135,10 @@ def _remove(module: nn.Module, hook: object) -> None:
 
 
 def _computes_gradients() -> bool:
-    """Return whether this thread is in a backward pass, where gradient checkpointing runs parts of modules again."""
+    """Return whether this thread is in a backward pass.
+
+    Gradient checkpointing runs parts of modules again in the backward pass.
+    """
     return bool(torch._C._current_graph_task_id() != -1)
 
 
@@ -134,7 +147,7 @@ _PASSES_OF_OWN: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary
 
 @contextmanager
 def leave_alone(denoiser: nn.Module) -> Iterator[None]:
-    """Make recording and edits ignore the denoiser's passes inside the block.
+    """Make recording and edits ignore the forward passes of ``denoiser`` inside the ``with`` block.
 
     Only passes in the thread that entered the block are ignored. Blocks may be nested.
     """
@@ -148,5 +161,5 @@ def leave_alone(denoiser: nn.Module) -> Iterator[None]:
 
 
 def is_left_alone(denoiser: nn.Module) -> bool:
-    """Return whether recording and edits ignore the current pass of this thread, because of `leave_alone`."""
+    """Return whether this thread is inside a `leave_alone` block for ``denoiser``."""
     return _PASSES_OF_OWN.get(denoiser, {}).get(threading.get_ident(), 0) > 0

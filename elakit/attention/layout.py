@@ -28,7 +28,9 @@ Slots: TypeAlias = dict[str, Tensor]  # per node: (image, layer, head, y, x, tok
 
 
 def node_name(size: Size, keys: Keys = "text") -> str:
-    """Name of the node in a recording's tree that contains the maps, or the self-attention, of one size.
+    """Return the name of a node in a recording's tree.
+
+    A node contains the maps of one size (``keys="text"``), or the self-attention of one size (``keys="image"``).
 
     Examples
     --------
@@ -39,7 +41,9 @@ def node_name(size: Size, keys: Keys = "text") -> str:
 
 
 def location_labels(size: Size) -> list[tuple[str, int]]:
-    """Label ``"row,column"`` and position of each location of a map; the locations are the keys of self-attention.
+    """Return a label ``"row,column"`` and a number, counted row by row from 0, for each location of a map.
+
+    The locations are the keys of self-attention, so these labels take the place of token labels.
 
     Examples
     --------
@@ -59,22 +63,22 @@ def build_node(
     heads: str | Sequence[int],
     keys: Keys = "text",
 ) -> xr.Dataset:
-    """Build one node of a recording's tree, as `Recording` describes it.
+    """Build one node of a recording's tree: a dataset with the layout that `Recording` describes.
 
     Parameters
     ----------
     values : numpy.ndarray or LazyArray, (step, image, layer, head, y, x, token)
-        Probabilities: an array in memory, or one that is read when it is used.
+        Attention probabilities. A `LazyArray` is read only when its values are used.
     steps : sequence of (call, timestep, sigma)
-        One for each index along ``step``.
+        One tuple per step: the number of the denoiser call, its timestep and its noise level.
     layers : sequence of (name, place, position in the forward pass)
-        One for each index along ``layer``.
+        One tuple per layer. The place is the part of the denoiser, such as ``"up"``.
     tokens : sequence of (label, token position)
-        One for each index along ``token``.
+        One tuple per token, or in self-attention one per location that is attended to.
     heads : {"mean", "all"} or sequence of int
         Content of the dimension ``head``: the mean over the heads, every head, or the heads with these indices.
     keys : {"text", "image"}
-        Keys of the attention: the text (maps), or the image itself (self-attention).
+        ``"text"`` if the node contains maps, ``"image"`` if it contains self-attention.
 
     Returns
     -------
@@ -121,16 +125,17 @@ def build_tree(
     nodes : mapping of str to xarray.Dataset
         Nodes, by the names that `node_name` gives.
     prompt : Prompt
+        The prompt whose tokens were recorded.
     family, model : str
-        Names of the model family and of the pipeline's class.
+        Name of the model family, and name of the pipeline's class.
     calls : int
         Number of finished denoiser calls.
     expected : int, optional
         Number of denoiser calls that the run should have; None if it is unknown.
     averaged : int
-        Number of steps whose mean is kept; 0 if every step is kept.
+        Number of steps that were averaged, if only their mean is kept; 0 if every step is kept.
     frames : int
-        Number of frames of each video; all frames follow each other along ``image``. 0 for images.
+        Number of frames of each video; 0 for images. The frames of all videos follow each other along ``image``.
 
     Returns
     -------
@@ -160,13 +165,13 @@ class NodeLayout:
     shape : tuple of int
         Shape of the values of one step, (image, layer, head, y, x, token).
     layers : sequence of (name, place, position in the forward pass)
-        One for each index along ``layer``.
+        One tuple per layer. The place is the part of the denoiser, such as ``"up"``.
     tokens : sequence of (label, token position)
-        One for each index along ``token``.
+        One tuple per token, or in self-attention one per location that is attended to.
     heads : {"mean", "all"} or sequence of int
         Content of the dimension ``head``: the mean over the heads, every head, or the heads with these indices.
     keys : {"text", "image"}
-        Keys of the attention: the text (maps), or the image itself (self-attention).
+        ``"text"`` if the node contains maps, ``"image"`` if it contains self-attention.
     """
 
     shape: tuple[int, ...]
@@ -178,16 +183,18 @@ class NodeLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Shapes and labels of all values that one step adds to a recording, which are known before the first step.
+    """Shapes and labels of all values that one step adds to a recording.
+
+    Shapes and labels are known before the first step.
 
     Attributes
     ----------
     nodes : dict of str to NodeLayout
-        Layout of each node of the recording, by its name.
+        Layout of each node of the recording, by the node's name.
     dtype : torch.dtype
         Data type of the stored values.
     about : dict
-        Prompt, family, model, expected calls and frames, as `build_tree` takes them.
+        Arguments of `build_tree` that are the same for the whole run: prompt, family, model, expected and frames.
     """
 
     nodes: dict[str, NodeLayout]
@@ -196,13 +203,15 @@ class Layout:
 
     @property
     def step_bytes(self) -> int:
-        """Size of one step in bytes."""
+        """Size of the values of one step, in bytes."""
         return sum(int(np.prod(node.shape)) for node in self.nodes.values()) * self.dtype.itemsize
 
     def slots(self, dtype: torch.dtype | None = None, **options: Any) -> tuple[Tensor, Slots]:
-        """Allocate memory for one step: a flat tensor, and for each node a view of its part of that tensor.
+        """Allocate memory for the values of one step.
 
-        The flat tensor can be copied to another device at once. ``options`` are passed to `torch.empty`.
+        The result is one flat tensor, and a dict that gives each node a view of its part of this tensor. The flat
+        tensor can be copied to another device in a single operation. ``dtype`` is by default that of the layout.
+        ``options``, such as ``device``, are passed to `torch.empty`.
         """
         counts = [int(np.prod(node.shape)) for node in self.nodes.values()]
         flat = torch.empty(sum(counts), dtype=dtype or self.dtype, **options)
@@ -212,10 +221,22 @@ class Layout:
     def tree(
         self, values: Mapping[str, np.ndarray | LazyArray], steps: Sequence[Moment], calls: int, averaged: int = 0
     ) -> xr.DataTree:
-        """Build the recording's tree from the values of each node, (step, image, layer, head, y, x, token).
+        """Build the recording's tree from the values of its nodes.
 
-        ``steps`` has the denoiser call, timestep and sigma of each step; ``calls`` and ``averaged`` are those of
-        `build_tree`.
+        Parameters
+        ----------
+        values : mapping of str to numpy.ndarray or LazyArray
+            Values of each node, (step, image, layer, head, y, x, token), by the node's name.
+        steps : sequence of (call, timestep, sigma)
+            One tuple per step: the number of the denoiser call, its timestep and its noise level.
+        calls : int
+            Number of finished denoiser calls.
+        averaged : int
+            Number of steps that were averaged, if only their mean is kept; 0 if every step is kept.
+
+        Returns
+        -------
+        xarray.DataTree
         """
         nodes = {}
         for name, array in values.items() if steps else ():
@@ -236,7 +257,10 @@ class LazyArray(BackendArray):
     dtype: np.dtype[Any]
 
     def fetch(self, steps: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """Return the values at these steps and images, (len(steps), len(images), ...)."""
+        """Return the values of some steps and images, (len(steps), len(images), ...).
+
+        ``steps`` and ``images`` are positions along the first and the second dimension of the array.
+        """
         raise NotImplementedError
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
@@ -257,6 +281,7 @@ class Joined(LazyArray):
     Parameters
     ----------
     parts : sequence of numpy.ndarray, (step, image, ...)
+        Arrays to concatenate.
 
     Examples
     --------
@@ -272,7 +297,10 @@ class Joined(LazyArray):
         self.dtype = parts[0].dtype
 
     def fetch(self, steps: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """Return the values at these steps and images, (len(steps), len(images), ...)."""
+        """Return the values of some steps and images, (len(steps), len(images), ...).
+
+        ``steps`` and ``images`` are positions along the first and the second dimension of the array.
+        """
         values = np.empty((len(steps), len(images), *self.shape[2:]), self.dtype)
         for at, step in enumerate(steps):
             part = int(np.searchsorted(self._ends, step, side="right"))

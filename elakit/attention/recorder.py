@@ -40,9 +40,10 @@ def record(
 ) -> Iterator[Recording]:
     """Record the cross-attention of the runs of ``pipe`` inside the ``with`` block.
 
-    The image is the same, bit for bit, as without recording. For each call of the denoiser (one per step with most
-    schedulers; Heun and PNDM make more calls), the attention probabilities of the rows that see the prompt (the
-    conditional half in classifier-free guidance) are computed in float32, and kept as ``spec`` selects.
+    The image is the same, bit for bit, as without recording. Attention is recorded in every denoiser call. Most
+    schedulers make one denoiser call per step; Heun and PNDM make more. In the rows of the batch that see the prompt,
+    the attention probabilities are computed in float32. With classifier-free guidance, these rows are the conditional
+    half. ``spec`` selects the probabilities to keep.
 
     The recording contains the attention that the denoiser computes in the run, with its attention masks and LoRA
     weights. Runs of another pipeline with the same denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and
@@ -59,26 +60,31 @@ def record(
         Selection of what is kept. Default: ``RecordSpec()``, which keeps every word, the mean of the heads, and all
         layers and steps.
     store : str or pathlib.Path, optional
-        Folder of a Zarr store to which each step is written as soon as it is finished, instead of being kept in memory.
-        The folder must not exist; it is created with the first step. If the run is killed, the store contains the
-        steps that had been written, and `open_recording` or any other Zarr reader can read them. With
-        ``spec.accumulate`` the store is written at the end of the block.
+        Folder of a Zarr store. Each step is written to the store as soon as it is finished, instead of being kept in
+        memory. The folder must not exist; it is created with the first step. If the run is killed, the store contains
+        the steps that had been written. `open_recording` or any other Zarr reader can read them. With
+        ``spec.accumulate``, only the mean over the steps is written, at the end of the block.
 
     Yields
     ------
     Recording
-        The recording, which grows with the run and is complete at the end of the block. After an error it contains the
-        finished calls. Several runs in one block follow each other along ``step``; they must have the same size and
-        number of images. With a store, the values stay on disk until they are used.
+        The recording, which grows with the run and is complete at the end of the block. After an error, the recording
+        contains the denoiser calls that were finished. If the block contains several runs, their steps follow each
+        other along ``step``. The runs must have the same image size and number of images. With ``store``, the values
+        stay on disk until they are used.
 
     Raises
     ------
     RecordingError
-        Raised when the pipeline is already being recorded; when the specification selects what does not exist; when the
-        run would exceed the memory limit ``spec.budget`` (at the first denoiser call, before it computes anything);
-        when the run has another prompt, or several; when its size or number of images differs from that of an earlier
-        run in the block; when the denoiser has a cache, an attention processor that is not from diffusers, or merged
-        tokens (ToMe); when parts of the denoiser are replaced inside the block.
+        Raised in these cases:
+
+        * The pipeline is already being recorded.
+        * ``spec`` selects words, layers, heads or map sizes that do not exist.
+        * The recording would exceed the memory limit ``spec.budget``. This is checked at the first denoiser call.
+        * The run has a prompt other than ``prompt``, or several prompts.
+        * The size or number of images differs from that of an earlier run in the block.
+        * The denoiser has a cache, merged tokens (ToMe), or an attention processor that is not from diffusers.
+        * Parts of the denoiser are replaced inside the block.
     SettingError
         Raised when a store is given together with ``RecordSpec(device="model")``.
     PromptError
@@ -90,8 +96,9 @@ def record(
 
     Notes
     -----
-    The maps of each layer are reduced to the selected tokens and heads on the model's device, in a buffer that holds
-    one step. From an accelerator, the buffer is copied to the host once per step, without waiting for the copy.
+    On the model's device, the maps of each layer are reduced to the selected tokens and heads, and are written to a
+    buffer for one step. If this device is an accelerator, the buffer is copied to the host once per step. The run does
+    not wait for the copy.
 
     Examples
     --------
@@ -125,7 +132,9 @@ def record_image(
     seed: int = 0,
     spec: RecordSpec | None = None,
 ) -> Recording:
-    """Record attention for an existing image: for each chosen step, add noise of its level and run the denoiser once.
+    """Record attention for an existing image, without generating it.
+
+    For each chosen step, noise is added to the image at the noise level of the step, and the denoiser runs once.
 
     Parameters
     ----------
@@ -134,39 +143,42 @@ def record_image(
     prompt : Prompt or str
         Description of the image.
     image : PIL.Image.Image
-        Image to record. Its height and width must be multiples of the number that the model requires (the error
-        message names it), and should be a size that the model was trained on.
+        Image to record. Its height and width must be multiples of a number that depends on the model. The error message
+        names this number. The size should be one that the model was trained on.
     at : sequence of int
-        Steps of the schedule, counted from 0, whose noise levels are used; early steps have more noise.
+        The chosen steps of the schedule, counted from 0. Early steps have more noise.
     steps : int
         Number of steps in the schedule.
     seed : int
         Seed of the noise. The same noise is used at all steps, scaled to the noise level of each step.
     spec : RecordSpec, optional
-        Selection of what is kept; default as in `record`.
+        Selection of what is kept. Default: ``RecordSpec()``, which keeps every word, the mean of the heads, and all
+        layers and steps.
 
     Returns
     -------
     Recording
-        One denoiser call per element of ``at``, in the same order: ``step=i`` of the recording has the timestep of step
-        ``at[i]`` of the schedule.
+        The recording has one denoiser call per element of ``at``, in the same order. Its ``step=i`` has the timestep of
+        step ``at[i]`` of the schedule.
 
     Raises
     ------
     SettingError
-        Raised when a step is outside the schedule, or a side of the image is not allowed.
+        Raised when a step is outside the schedule, or the height or width of the image is not allowed.
     RecordingError, PromptError
         Raised for the reasons listed in `record`.
     ModelError
-        Raised when the pipeline's family is not supported, or cannot encode prompts or images.
+        Raised when the pipeline's family is not supported, or when elakit cannot encode prompts or images for it.
 
     References
     ----------
-    Helbling et al., "ConceptAttention: diffusion transformers learn highly interpretable features" (ICML 2025), which
-    reads existing images in the same way.
+    Helbling et al., "ConceptAttention: diffusion transformers learn highly interpretable features" (ICML 2025). This
+    paper reads existing images in the same way.
 
     Examples
     --------
+    Generate an image in 4 steps, and record it at steps 2 and 3 of the schedule, counted from 0:
+
     >>> import elakit
     >>> pipe = elakit.load("picture-world")
     >>> run = elakit.generate(pipe, "a [red car]", steps=4, progress=False)
@@ -203,7 +215,7 @@ def record_image(
 
 @contextmanager
 def _recorded(recorder: _Recorder) -> Iterator[Recording]:
-    """Record the denoiser calls inside the block with a recorder."""
+    """Connect ``recorder`` to its denoiser inside the ``with`` block, and yield the recording."""
     denoiser = recorder.adapter.denoiser
     if denoiser in _ACTIVE:
         raise RecordingError(
@@ -224,9 +236,10 @@ def _recorded(recorder: _Recorder) -> Iterator[Recording]:
 
 @contextmanager
 def paused(pipe: Pipeline) -> Iterator[None]:
-    """Make recording and edits ignore the denoiser's passes inside the block, such as those of your own guidance.
+    """Make recording and edits ignore the denoiser's passes inside the ``with`` block.
 
-    These passes are not counted, so that a guided run has the same call numbers as a plain one.
+    Use the block for passes of your own, for example those of a guidance method. These passes are not counted, so a
+    guided run has the same call numbers as a plain run.
 
     Parameters
     ----------
@@ -240,6 +253,8 @@ def paused(pipe: Pipeline) -> Iterator[None]:
 
     Examples
     --------
+    The run inside `paused` is not recorded; the run after it is recorded, with 2 steps:
+
     >>> import elakit
     >>> pipe = elakit.load("picture-world")
     >>> prompt = elakit.parse("a [red car]", pipe)
@@ -255,7 +270,11 @@ def paused(pipe: Pipeline) -> Iterator[None]:
 
 
 class _Recorder:
-    """State of one recording: the call in progress, and the sink that takes the finished ones."""
+    """State of one recording: the denoiser call in progress, and the sink, which stores the finished calls.
+
+    ``store`` is the folder of a Zarr store, or None. ``calls`` is the number of denoiser calls to expect; None if the
+    scheduler's timesteps determine it.
+    """
 
     def __init__(
         self,
@@ -357,7 +376,11 @@ class _Recorder:
     # -- storage -------------------------------------------------------------------------------------------------
 
     def _begin(self, adapter: Adapter, images: int, frames: int, latent: Size) -> None:
-        """Plan the recording at the first call of the block, before the denoiser computes anything."""
+        """Plan the recording at the first denoiser call of the block, before this call computes anything.
+
+        ``images`` is the number of images or videos, ``frames`` the number of frames of each video (0 for images), and
+        ``latent`` the height and width of the latent.
+        """
         self.expected = self.expected or _expected_calls(adapter.pipe)
         kept = sum(self.spec.keeps(call, self.expected) for call in range(self.expected or 1))
         maps = images * max(frames, 1)
@@ -377,7 +400,10 @@ class _Recorder:
         return list(self.adapter.self_layers(layers)) if resolution.keys == "image" else layers
 
     def _open_sink(self, kept: Tensor) -> Sink:
-        """Return the sink; if there is none yet, create it for the device of ``kept``, the first values to store."""
+        """Return the sink, the object that stores the values of finished denoiser calls.
+
+        If there is no sink yet, it is created for the device of ``kept``, which are the first values to store.
+        """
         if self._sink is None:
             assert self._plan is not None
             layout = self._layout(self._plan)
@@ -440,13 +466,14 @@ class _Recorder:
         self._kept += 1
 
     def tree(self) -> xr.DataTree:
-        """Return the recording's tree with the calls that are finished so far."""
+        """Return the recording's tree with the denoiser calls that are finished so far."""
         return self._empty() if self._sink is None else self._sink.tree(self.calls)
 
     def finish(self) -> xr.DataTree:
-        """Return the recording's tree with all finished calls, and write it if the store does not contain it yet.
+        """Return the recording's tree with all finished denoiser calls.
 
-        The recorder is not used afterwards.
+        If there is a store that does not contain the tree yet, the tree is written to the store. The recorder is not
+        used afterwards.
         """
         self.watch.close()
         sink, self._slots = self._sink, None
@@ -461,7 +488,7 @@ class _Recorder:
 
 
 def _selected_heads(probabilities: Tensor, heads: Any) -> Tensor:
-    """Reduce probabilities, (images, heads, ...), to the heads to keep or to their mean."""
+    """Reduce probabilities, (images, heads, ...), to the selected heads, or to the mean of all heads."""
     if isinstance(heads, str):
         return probabilities.mean(1, keepdim=True) if heads == "mean" else probabilities
     # One by one: an index would have to be copied to the device.
@@ -474,7 +501,10 @@ def _shape_text(images: int, frames: int, latent: Size) -> str:
 
 
 def _expected_calls(pipe: SupportedPipeline) -> int | None:
-    """Number of denoiser calls of the run that begins, known once its timesteps are set; None if it is unknown."""
+    """Return the number of denoiser calls of the run that begins, or None if this number is unknown.
+
+    The number is known as soon as the scheduler's timesteps are set.
+    """
     timesteps = getattr(pipe.scheduler, "timesteps", None)
     if timesteps is None or len(timesteps) == 0 or getattr(pipe.scheduler, "num_inference_steps", 0) is None:
         return None
@@ -484,7 +514,7 @@ def _expected_calls(pipe: SupportedPipeline) -> int | None:
 
 
 def _sigma(scheduler: Any, timestep: float) -> float:
-    """Noise level of the call; nan for schedulers without noise levels (DDIM, PNDM)."""
+    """Return the noise level of a denoiser call; nan if the scheduler has no noise levels (DDIM, PNDM)."""
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None:
         return math.nan

@@ -33,29 +33,36 @@ class _Layer:
 class Recording:
     """Attention of a run, as a tree of labeled arrays: one node per map size.
 
-    Each node, named by its size such as ``"16x16"`` (rows x columns), has the variable ``probability`` with dimensions
-    (step, image, layer, head, y, x, token) and the coordinates ``step`` (number of the denoiser call),
-    ``timestep(step)``, ``sigma(step)`` (nan if the scheduler has none), ``layer`` (names), ``place(layer)``,
-    ``order(layer)`` (position in the forward pass), ``head`` (``"mean"``, or numbers), ``token`` (labels) and
-    ``token_index(token)`` (position in the text encoder's sequence; -1 for ``"<end>"``).
+    Each node is named by its map size, such as ``"16x16"`` (rows x columns). The node contains the variable
+    ``probability``, with dimensions (step, image, layer, head, y, x, token) and these coordinates:
 
-    ``"<start>"`` is start-of-text and ``"<end>"`` the summed mass of end-of-text and padding. Encoders without a
+    * ``step`` is the number of the denoiser call. ``timestep(step)`` is its timestep, and ``sigma(step)`` its noise
+      level (nan if the scheduler has none).
+    * ``layer`` is the name of the layer. ``place(layer)`` is the part of the denoiser, such as ``"up"``, and
+      ``order(layer)`` the position in the forward pass.
+    * ``head`` is ``"mean"``, or the index of the head.
+    * ``token`` is the label of the token. ``token_index(token)`` is its position in the text encoder's sequence (-1 for
+      ``"<end>"``).
+
+    The label ``"<start>"`` is start-of-text. ``"<end>"`` is the sum over end-of-text and padding. Encoders without a
     start-of-text token, such as T5, have no ``"<start>"``. If every word is kept, the probabilities of all tokens at a
-    location sum to 1 (in joint attention, to the share of attention that the text receives).
+    location have a fixed sum. In cross-attention, this sum is 1. In joint attention, it is the share of attention that
+    the text receives.
 
-    A mean over steps (``RecordSpec(accumulate=True)``) is stored as one step, with the number of the last call and the
-    means of timestep and sigma.
+    ``RecordSpec(accumulate=True)`` keeps only the mean over the steps. This mean is stored as one step, with the number
+    of the last call, the mean timestep and the mean sigma.
 
-    ``RecordSpec(self_attention=16)`` adds a node such as ``"self-16x16"``, whose labels along ``token`` are the
-    locations that are attended to (``"row,column"``).
+    ``RecordSpec(self_attention=16)`` adds a node such as ``"self-16x16"``. The dimension ``token`` of this node
+    contains the locations that are attended to, with labels ``"row,column"``.
 
-    A video has maps of each frame of its latent. In the tree, the frames of all videos follow each other along
-    ``image``; `maps` returns them with a dimension ``frame``, and `frame` selects one of them.
+    A video has maps of each frame of its latent. In the tree, the frames of all videos follow each other along the
+    dimension ``image``. The method `maps` returns the frames along a dimension of their own, ``frame``. The method
+    `frame` selects one frame.
 
     Parameters
     ----------
     source : xarray.DataTree or callable
-        The tree; for a run in progress, a function that returns its current tree.
+        The tree. For a run in progress, a function that returns the current tree.
     """
 
     def __init__(self, source: xr.DataTree | Callable[[], xr.DataTree]) -> None:
@@ -63,11 +70,14 @@ class Recording:
 
     @property
     def tree(self) -> xr.DataTree:
-        """The arrays as an `xarray.DataTree`, whose layout `Recording` describes."""
+        """The recorded arrays as an `xarray.DataTree`. The docstring of `Recording` describes its layout."""
         return self._source() if callable(self._source) else self._source
 
     def settle(self, tree: xr.DataTree) -> None:
-        """Replace the source by the final tree, so that the recording of a finished run keeps no model in memory."""
+        """Keep the final tree of a finished run, instead of the function that returned the tree during the run.
+
+        The recording then holds no reference to the model, so that the model's memory can be freed.
+        """
         self._source = tree
 
     @property
@@ -77,12 +87,12 @@ class Recording:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Recorded denoiser calls, counted from 0."""
+        """Numbers of the recorded denoiser calls, counted from 0."""
         return tuple(int(step) for node in self.nodes()[:1] for step in node["step"].values)
 
     @property
     def averaged(self) -> int:
-        """Number of steps whose mean is kept as one step; 0 if each step is kept."""
+        """Number of steps whose mean is kept as one step; 0 if every step is kept separately."""
         return int(self.tree.attrs.get("averaged", 0))
 
     @property
@@ -97,7 +107,10 @@ class Recording:
 
     @property
     def decoder(self) -> str:
-        """Value of ``layers`` that selects the decoder in `maps`: "up"; for transformers, which have none, "all"."""
+        """Value of the argument ``layers`` with which `maps` reads only the decoder.
+
+        The value is "up" for a U-Net. It is "all" for a transformer, because a transformer has no decoder.
+        """
         return decoder_side(layer.place for layer in self._layers())
 
     @property
@@ -111,12 +124,12 @@ class Recording:
         return tuple(_size(node) for node in self.nodes())
 
     def sizes_of(self, layers: str | Sequence[str]) -> tuple[tuple[int, int], ...]:
-        """Sizes of the maps of layers, (rows, columns), largest first.
+        """Return the sizes of the maps of the given layers, (rows, columns), largest first.
 
         Parameters
         ----------
         layers : str or sequence of str
-            As in `select_layers`.
+            ``"all"``, a place such as ``"up"``, a glob on names, or several of these (see `select_layers`).
 
         Raises
         ------
@@ -126,13 +139,17 @@ class Recording:
         return tuple(_size(node) for node in self._select(layers=layers, size=None, steps=None))
 
     def usual_size(self, layers: str | Sequence[str] | None = None) -> int:
-        """Longer side nearest to 16 among the maps of layers; the maps of entities and their regions have this size.
+        """Return the map size nearest to 16. Maps of entities and their regions are computed at this size.
+
+        A map size is the longer side of a map. The size that differs from 16 by the smallest factor is the nearest. For
+        example, the decoder of Stable Diffusion 1 and 2 has the map sizes 24, 48 and 96 at 768 x 768 pixels, so the
+        result is 24.
 
         Parameters
         ----------
         layers : str or sequence of str, optional
-            As in `select_layers`; by default `decoder`. At 768 x 768 pixels, Stable Diffusion 1 and 2 have maps of
-            12 x 12 in the middle block only, and the size is 24, that of the decoder's coarsest maps.
+            Layers whose map sizes are compared: ``"all"``, a place such as ``"up"``, a glob on names, or several of
+            these (see `select_layers`). Default: the layers of the decoder, or all layers of a transformer.
 
         Raises
         ------
@@ -147,17 +164,17 @@ class Recording:
         return sum(node["probability"].nbytes for node in (*self.nodes(), *self.nodes("image")))
 
     def nodes(self, keys: Keys = "text") -> tuple[xr.Dataset, ...]:
-        """Return the nodes of the tree, largest maps first.
+        """Return the nodes of the tree, largest maps first. A node contains the attention at one map size.
 
         Parameters
         ----------
         keys : {"text", "image"}
-            Nodes of the attention to the text (maps), or of self-attention: the attention to the image itself.
+            "text" returns the nodes of the attention to the text (maps). "image" returns the nodes of self-attention.
 
         Returns
         -------
         tuple of xarray.Dataset
-            Empty if no step was recorded.
+            One dataset per node; empty if no such attention was recorded.
         """
         nodes = [node.to_dataset() for node in self.tree.children.values()]
         return tuple(sorted((node for node in nodes if node.attrs["keys"] == keys), key=_size, reverse=True))
@@ -188,40 +205,43 @@ class Recording:
         image: int = 0,
         refine: int = 0,
     ) -> xr.DataArray:
-        """Return token maps: the mean over layers and heads, one map per step and token.
+        """Return the maps of tokens, averaged over layers and heads: one map per step and token.
 
         Parameters
         ----------
         tokens : str, int, Entity or a sequence of these, optional
-            ``"entities"`` for the noun of each entity, labeled as the entity; ``"attributes"`` for each attribute word;
-            or words, labels, phrases, entities and positions, as `Prompt.find` takes them. The maps of the tokens of
-            one word, phrase or entity are averaged. Default: every recorded token, separately (with
-            ``normalize="tokens"``, only those of words).
+            ``"entities"``: the noun of each entity, labeled as the entity. ``"attributes"``: each attribute word.
+            Otherwise words, labels, phrases, entities or positions, as `Prompt.find` takes them. If a word, phrase or
+            entity has several tokens, their maps are averaged. Default: every recorded token separately; with
+            ``normalize="tokens"``, only the tokens of words.
         layers : str or sequence of str
-            Layers to average, as in `select_layers`.
+            Layers to average: ``"all"``, a place such as ``"up"``, a glob on names, or several of these (see
+            `select_layers`).
         size : int or sequence of int, optional
-            Use only maps whose longer side is one of these. Default: all, resized to the largest.
+            Longer sides of the maps to use. Default: all sizes. Maps of several sizes are resized to the largest size.
         steps : int, slice or sequence of int, optional
-            Indices of denoiser calls: one, several, or a slice; negative ones count back from the last recorded
-            call. Default: all.
+            Numbers of the denoiser calls to use, counted from 0. Negative numbers count back from the last recorded
+            call. Default: all recorded calls.
         normalize : {None, "sum", "max", "minmax", "tokens", "start"}
-            None: raw probability. ``"sum"``, ``"max"``: each map is divided by its sum or maximum over space.
-            ``"minmax"``: each map is scaled to the range from 0 to 1; a constant map becomes zero. ``"tokens"``: at
-            each location, the probabilities are multiplied by 100 and replaced by their softmax over the tokens of all
-            words; Attend-and-Excite takes this softmax over all tokens but start-of-text. ``"start"``: each map is
-            divided by the map of start-of-text, a token that encoders such as T5 do not have.
+            None: raw probabilities. ``"sum"``: each map is divided by its sum over all locations. ``"max"``: each map
+            is divided by its maximum. ``"minmax"``: each map is scaled to the range from 0 to 1; a constant map becomes
+            zero. ``"tokens"``: at each location, the probabilities are multiplied by 100 and replaced by their softmax
+            over the tokens of all words. Attend-and-Excite takes this softmax over all tokens but start-of-text.
+            ``"start"``: each map is divided by the map of start-of-text. Encoders such as T5 have no start-of-text.
         image : int
             Index of the image, or of the video, in the batch.
         refine : int
-            Number of times that the maps are multiplied by the recorded self-attention
-            (``RecordSpec(self_attention=16)``) before they are normalized; 0 leaves them unchanged. This sharpens maps,
-            because locations of one object attend to each other. Refined maps have the size of the self-attention.
+            Number of times that the maps are multiplied by the recorded self-attention, before they are normalized.
+            The multiplication sharpens the maps, because the locations of one object attend to each other. The result
+            has the map size of the self-attention. The recording must contain self-attention
+            (``RecordSpec(self_attention=16)``). The default 0 multiplies nothing.
 
         Returns
         -------
         xarray.DataArray, (step, token, y, x)
-            float32, with the coordinates ``timestep(step)`` and ``sigma(step)``; with ``"entities"`` and
-            ``"attributes"`` also ``entity(token)``, the label of the entity. In videos, (step, token, frame, y, x).
+            float32, with the coordinates ``timestep(step)`` and ``sigma(step)``. If ``tokens`` is ``"entities"`` or
+            ``"attributes"``, or contains `Entity` objects, the coordinate ``entity(token)`` has the labels of the
+            entities. For videos, the dimensions are (step, token, frame, y, x).
 
         Raises
         ------
@@ -238,8 +258,8 @@ class Recording:
 
         Notes
         -----
-        Every layer has the same weight. Layers of one size are averaged first; the mean of each size is then resized to
-        the largest selected size: bilinearly if it grows, by the area mean if it shrinks.
+        Every layer has the same weight. The maps of one size are averaged first. Their mean is then resized to the
+        largest selected size, by bilinear interpolation.
         """
         if normalize not in (None, "sum", "max", "minmax", "tokens", "start"):
             raise SettingError(f"normalize is {normalize!r}; give None, 'sum', 'max', 'minmax', 'tokens' or 'start'.")
@@ -282,7 +302,10 @@ class Recording:
         )
 
     def _groups(self, tokens: Any, normalize: Normalize) -> list[_Group]:
-        """Groups of recorded tokens; the maps of each group are averaged to one map."""
+        """Return the groups of recorded tokens that the arguments ``tokens`` and ``normalize`` of `maps` select.
+
+        The maps of the tokens in one group are averaged to one map.
+        """
         if tokens is None:
             kept = self._all_words() if normalize == "tokens" else self.tokens
             return [_Group(label, (label,)) for label in kept]
@@ -339,7 +362,11 @@ class Recording:
             raise RecordingError(f"{error} Recorded: {', '.join(self.tokens)}.") from error
 
     def _channels(self, indices: Sequence[int], which: Any) -> tuple[str, ...]:
-        """Labels of token positions; `RecordingError`, which names ``which``, for positions that were not kept."""
+        """Return the labels of the recorded tokens at the text positions ``indices``.
+
+        A `RecordingError` is raised if a position was not recorded. Its message quotes ``which``: the word, label or
+        other argument that stands for these positions.
+        """
         node = self._first()
         pairs = zip(node["token_index"].values, node["token"].values, strict=True)
         by_index = {int(i): str(label) for i, label in pairs}
@@ -363,15 +390,17 @@ class Recording:
         image: int = 0,
         head: int | None = None,
     ) -> xr.DataArray:
-        """Return self-attention: the attention of each location to every location, the mean over layers and heads.
+        """Return self-attention, averaged over layers and heads: the attention of each location to every location.
 
         Parameters
         ----------
         layers : str or sequence of str
-            Layers to average, as in `select_layers`, if each layer was kept (``SelfAttention(each_layer=True)``).
-            Otherwise only their mean was recorded, and ``"all"`` selects it.
+            Layers to average: ``"all"``, a place such as ``"up"``, a glob on names, or several of these (see
+            `select_layers`). If only the mean of the layers was recorded (``SelfAttention(each_layer=False)``), give
+            ``"all"``, which then selects this mean.
         steps : int, slice or sequence of int, optional
-            As in `maps`.
+            Numbers of the denoiser calls to return, counted from 0. Negative numbers count back from the last recorded
+            call. Default: all recorded calls.
         image : int
             Index of the image in the batch.
         head : int, optional
@@ -380,8 +409,9 @@ class Recording:
         Returns
         -------
         xarray.DataArray, (step, y, x, y_key, x_key)
-            float32; (y, x) attends to (y_key, x_key). The values of a location sum to 1; in joint attention, to the
-            share of attention that the image receives.
+            float32. Each value is the attention of the location (y, x) to the location (y_key, x_key). The values of
+            one location (y, x) sum to 1. In joint attention, these values sum to the share of attention that the image
+            receives.
 
         Raises
         ------
@@ -448,20 +478,27 @@ class Recording:
         head: Any = None,
         image: int | Sequence[int] | None = None,
     ) -> Recording:
-        """Select a part of the recording by labels; a dimension with a single selected label is kept.
+        """Select a part of the recording by labels.
 
-        In self-attention, only steps and images are selected.
+        The result has all dimensions of the recording. A dimension with only one selected label has length 1. Recorded
+        self-attention is selected only by ``step`` and ``image``; the other arguments leave it unchanged.
 
         Parameters
         ----------
-        step, layer, size
-            As ``steps``, ``layers`` and ``size`` in `maps`.
+        step : int, slice or sequence of int, optional
+            Numbers of denoiser calls, counted from 0. Negative numbers count back from the last recorded call.
+            Default: all recorded calls.
+        layer : str or sequence of str
+            ``"all"``, a place such as ``"up"``, a glob on names, or several of these (see `select_layers`).
+        size : int or sequence of int, optional
+            Longer sides of maps. Default: all.
         token : str, int, Entity or a sequence of these, optional
-            As ``tokens`` in `maps`. If it is given, ``"<start>"`` and ``"<end>"`` are only selected if it names them.
+            Words, labels, phrases, entities or positions; ``"entities"`` or ``"attributes"``. Such a selection includes
+            ``"<start>"`` and ``"<end>"`` only if they are named. Default: all recorded tokens.
         head : int or sequence of int, optional
-            Indices of heads that were kept separately.
+            Indices of heads that were kept separately. Default: all.
         image : int or sequence of int, optional
-            Indices of images, or of videos, in the batch.
+            Indices of images, or of videos, in the batch. Default: all.
 
         Returns
         -------
@@ -470,7 +507,8 @@ class Recording:
         Raises
         ------
         RecordingError
-            Raised when a selected step, layer, size, token, head or image was not recorded; the message lists what was.
+            Raised when a selected step, layer, size, token, head or image was not recorded. The message lists what was
+            recorded.
         """
         labels = None if token is None else {c for group in self._groups(token, None) for c in group.channels}
         nodes = {}
@@ -496,9 +534,14 @@ class Recording:
     def isel(self, **positions: int | slice | Sequence[int]) -> Recording:
         """Select a part of the recording by position along ``step``, ``image``, ``head`` or ``token``.
 
-        Layers and locations differ between map sizes; select layers with `sel`, and locations in ``tree``. In
-        self-attention, only steps and images are selected. In a recording of videos, select with `sel` or `frame`
-        instead of ``image``.
+        Layers and locations cannot be selected by position, because they differ between map sizes. Select layers with
+        `sel`, and locations in ``tree``. Recorded self-attention is selected only by ``step`` and ``image``.
+
+        Parameters
+        ----------
+        **positions : int, slice or sequence of int
+            Positions to select, by the name of the dimension. Negative positions count from the end. For videos,
+            ``image`` is not allowed: select a video with `sel`, and a frame with `frame`.
 
         Returns
         -------
@@ -507,8 +550,8 @@ class Recording:
         Raises
         ------
         RecordingError
-            Raised when another dimension is given, when a position does not exist, or when ``image`` is given for a
-            recording of videos.
+            Raised when a dimension is not ``step``, ``image``, ``head`` or ``token``, when a position does not exist,
+            or when ``image`` is given for videos.
         """
         indexers: dict[str, Any] = {}
         for dimension, where in positions.items():
@@ -537,7 +580,7 @@ class Recording:
             ) from error
 
     def _select(self, *, layers: Any, size: Any, steps: Any) -> list[xr.Dataset]:
-        """Nodes with the selected layers and steps, largest first."""
+        """Return the recorded maps of the selected layers, map sizes and steps: one dataset per size, largest first."""
         self._first()
         names = {layer.name for layer in select_layers(self._layers(), layers)}
         nodes = list(self.nodes())
@@ -579,7 +622,7 @@ class Recording:
         return Recording(tree)
 
     def _places(self, image: int) -> range:
-        """Positions along the dimension ``image`` of one image, or of all frames of one video."""
+        """Indices along the dimension ``image`` that belong to one image or, for videos, to all frames of one video."""
         every = max(self.frames, 1)
         images = self._first().sizes["image"] // every
         if not -images <= image < images:
@@ -595,9 +638,9 @@ class Recording:
         Parameters
         ----------
         path : str or pathlib.Path
-            Missing parent folders are created.
+            Folder to write. Missing parent folders are created.
         overwrite : bool
-            True replaces an existing recording; a path that is not a recording is never replaced.
+            True replaces an existing recording. Anything else at the path is never replaced.
 
         Returns
         -------
@@ -607,8 +650,7 @@ class Recording:
         Raises
         ------
         OutputError
-            Raised when the path cannot be written to, or already exists (except for a recording that ``overwrite``
-            replaces).
+            Raised when the path cannot be written to, or already exists and may not be replaced.
         """
         return save_tree(self.tree, path, overwrite)
 
@@ -698,7 +740,17 @@ class Recording:
 
 @dataclass(frozen=True)
 class _Group:
-    """A map to compute: its label, the token labels whose mean it is, and the entity it belongs to, if any."""
+    """Recorded tokens whose maps are averaged to one map.
+
+    Attributes
+    ----------
+    label : str
+        Label of the resulting map.
+    channels : tuple of str
+        Labels of the tokens.
+    entity : str
+        Label of the entity, if the tokens were selected as an entity or as an attribute of an entity; otherwise empty.
+    """
 
     label: str
     channels: tuple[str, ...]
@@ -708,11 +760,12 @@ class _Group:
 def open_recording(path: str | Path) -> Recording:
     """Open a recording on disk; values are read when they are used.
 
-    If the run was killed while it wrote the store, the recording contains the steps that were finished.
+    If the run was killed during the recording, the steps that had been written until then can be read.
 
     Parameters
     ----------
     path : str or pathlib.Path
+        Folder that `Recording.save` or ``record(..., store=...)`` has written.
 
     Returns
     -------
@@ -723,8 +776,8 @@ def open_recording(path: str | Path) -> Recording:
     OutputError
         Raised when nothing exists at the path.
     RecordingError
-        Raised when the folder is not a recording, a file of it is missing or damaged, or the recording has the format
-        of an older or newer version of elakit.
+        Raised when the folder is not a recording, when one of its files is missing or damaged, or when it has the
+        format of an older or newer version of elakit.
 
     Examples
     --------
@@ -754,7 +807,10 @@ def _size(node: xr.Dataset) -> tuple[int, int]:
 
 
 def _calls(steps: int | slice | Sequence[int], there: Sequence[int]) -> list[int]:
-    """Denoiser calls that ``steps`` selects; negative numbers count back from the last recorded call."""
+    """Return the numbers of the denoiser calls that ``steps`` selects. ``there`` contains the recorded calls.
+
+    Negative numbers in ``steps`` count back from the last recorded call.
+    """
     last = max(there)
     if isinstance(steps, slice):
         chosen = set(range(last + 1)[steps])

@@ -1,10 +1,12 @@
-"""Changes of attention scores that are computed as each layer runs, in all layers of all families.
+"""Changes of attention scores during a run, in all layers of all model families.
 
-`elakit.attention.edit` adds a bias that is known before the run. Here a function is called for each layer and each
-image of a pass, and returns the bias that is added to the layer's scores before the softmax; the function may compute
-it from the scores. In layers of plain cross- and self-attention the bias is added to the attention mask; in all other
-layers it is added at the attention call (`elakit.attention.calls.biasing`). No processor is replaced, and a recording
-contains the changed attention.
+`elakit.attention.edit` adds a bias that is known before the run. In this module, the bias may depend on the scores. A
+function is called for each layer and each image in each forward pass of the denoiser. The function returns the bias,
+which is added to the layer's scores before the softmax.
+
+In layers of plain cross- and self-attention, the bias is added to the attention mask. In all other layers, the bias is
+added at the attention call (`elakit.attention.calls.biasing`). No attention processor is replaced. A recording contains
+the changed attention.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Scores(Protocol):
     def __call__(self, *, masked: bool = False) -> Tensor:
         """Compute the scores before the softmax, (head, h*w, keys), in float32 or float64.
 
-        ``masked`` adds the layer's own attention mask.
+        ``masked=True`` adds the layer's own attention mask to the scores.
         """
 
 
@@ -47,12 +49,12 @@ class Change:
     bias : Tensor, (head or 1, h*w, keys)
         Numbers that are added to the scores before the softmax.
     kept : tuple of int
-        Positions of keys whose attention weights are to remain what they are without the bias. The softmax over all
-        keys would change them, so the output of the layer is corrected afterwards; with this correction, the weights of
-        a location no longer sum to 1. A recording does not contain the correction: it shows the softmax of the biased
-        scores for all keys. Only layers of plain cross- and self-attention can keep weights.
+        Positions of keys whose attention weights stay the same as without the bias. The softmax with the bias changes
+        the weights of all keys, so the output of the layer is corrected afterwards. The corrected weights of a location
+        no longer sum to 1. A recording shows the weights without this correction. Only layers of plain cross- and
+        self-attention can keep weights.
     unconditional : bool
-        Whether the bias is also added in the rows of this image that do not see the prompt.
+        Whether the bias is also added in those rows of the batch that belong to this image but do not see the prompt.
     keys : slice, optional
         Keys of the layer to which the last dimension of ``bias`` belongs. Default: all keys.
     """
@@ -83,9 +85,9 @@ class Site:
     own : slice, optional
         Keys that are locations of the image; None in cross-attention.
     position : float
-        Share of the denoiser's layers that run before this one, from 0 to 1.
+        Share of the denoiser's layers that run before this layer, from 0 to 1.
     read : bool
-        Whether the layer is in the ``read`` argument of `rescored`.
+        Whether the guidance method reads the attention of this layer (argument ``read`` of `rescored`).
     gradient : bool
         True in a pass in which guidance computes a gradient, False in a pass of the pipeline.
     """
@@ -119,17 +121,19 @@ def rescored(
     Parameters
     ----------
     adapter : Adapter
+        Adapter of the pipeline whose denoiser is changed.
     layers : sequence of AttentionLayer
         Layers to change, among those of `changeable_layers`.
     change_of : callable
-        Function that is called as ``change_of(site, scores)`` when a layer runs, for each image of the batch, and
-        returns a `Change` or None. ``scores()`` computes the scores of the image's row that sees the prompt. If all
-        calls in a pass return None, the pass is unchanged, bit for bit.
+        Function that is called as ``change_of(site, scores)`` for each image of the batch when one of the layers runs.
+        The function returns a `Change`, or None for no change. ``site`` is a `Site`: layer, image and timestep.
+        ``scores()`` computes the image's scores in the row of the batch that sees the prompt. If the function returns
+        None throughout a pass, the pass is unchanged, bit for bit.
     read : sequence of AttentionLayer
-        Layers whose attention the method reads. They are marked for ``change_of``: their `Site.read` is True.
+        Layers whose attention the guidance method reads. For these layers, `Site.read` is True.
     gradient : bool
-        False changes the passes of the pipeline. True changes only the passes in which guidance computes gradients:
-        passes inside `elakit.attention.paused`, in which all rows see the prompt.
+        False changes the passes that the pipeline runs. True changes only the passes in which guidance computes
+        gradients. These passes run inside `elakit.attention.paused`, and all their rows see the prompt.
 
     Raises
     ------
@@ -137,10 +141,12 @@ def rescored(
         Raised when a layer has an attention processor that is not from diffusers, or runs without the attention call at
         which the change would be added.
     SettingError
-        Raised when `Change.kept` is used in a layer that is not of plain cross- or self-attention.
+        Raised when `Change.kept` is used in a layer that has neither plain cross-attention nor plain self-attention.
 
     Examples
     --------
+    A bias of -50 on the token of the lion removes the attention to this token:
+
     >>> import elakit
     >>> from elakit.models import adapter_for
     >>> pipe = elakit.load("picture-world")
@@ -172,13 +178,15 @@ def rescored(
 
 
 def changeable_layers(adapter: Adapter) -> tuple[AttentionLayer, ...]:
-    """Layers whose scores `rescored` can change: those in which the image attends to the text or to itself.
+    """Return the layers whose scores `rescored` can change, in forward order.
 
-    The layers are in forward order. In joint attention, one layer does both. Layers of linear self-attention (Sana) are
-    not included, because they have no scores.
+    In these layers, the image attends to the text or to itself. In a layer with joint attention, the image attends to
+    both. Layers of linear self-attention (Sana) are not included, because they have no scores.
 
     Examples
     --------
+    picture-world has cross-attention layers, which read the text, and self-attention layers, which read the image:
+
     >>> import elakit
     >>> from elakit.models import adapter_for
     >>> {layer.reads for layer in changeable_layers(adapter_for(elakit.load("picture-world")))} == {"text", "image"}
@@ -188,19 +196,22 @@ def changeable_layers(adapter: Adapter) -> tuple[AttentionLayer, ...]:
 
 
 def check_plain(layers: Sequence[AttentionLayer], who: str) -> None:
-    """Refuse layers other than plain cross- and self-attention layers, for a method that can only change these.
+    """Raise a `SettingError` if a layer has neither plain cross-attention nor plain self-attention.
+
+    Guidance methods that cannot change the scores of other layers call this function.
 
     Parameters
     ----------
     layers : sequence of AttentionLayer
+        Layers to check.
     who : str
-        Name of the method, for the message.
+        Name of the guidance method, for the message.
 
     Raises
     ------
     SettingError
-        Raised when image and text share one softmax in a layer, or the layer is read at its attention call (Sana,
-        HunyuanDiT).
+        Raised when a layer has joint attention, in which image and text share one softmax. Also raised for a layer that
+        is read at its attention call, as in Sana and HunyuanDiT.
     """
     for layer in layers:
         if not _is_plain(layer):
@@ -216,10 +227,10 @@ def _is_plain(layer: AttentionLayer) -> bool:
 
 
 def _beside(adapter: Adapter, layer: AttentionLayer) -> tuple[AttentionLayer, ...]:
-    """Self-attention layer in the block of a cross-attention layer; empty if there is none.
+    """Return the self-attention layer in the block of a cross-attention layer, as a tuple with one layer.
 
-    The result is also empty if the self-attention is linear and therefore has no scores, or if ``layer`` is not a
-    cross-attention layer.
+    The tuple is empty if the block has no self-attention layer, or if its self-attention is linear and therefore has no
+    scores. The tuple is also empty if ``layer`` is not a cross-attention layer.
     """
     if layer.kind != "cross":
         return ()
@@ -230,7 +241,10 @@ def _beside(adapter: Adapter, layer: AttentionLayer) -> tuple[AttentionLayer, ..
 
 
 def _positions(adapter: Adapter) -> dict[str, float]:
-    """Share of the denoiser's layers that run before each layer, by the name of the layer."""
+    """Return the position of each layer, by name: the share of the denoiser's layers that run before this layer.
+
+    A self-attention layer has the position of the cross-attention layer in its block.
+    """
     every = adapter.layers()
     return {
         each.name: nth / len(every) for nth, layer in enumerate(every) for each in (layer, *_beside(adapter, layer))
@@ -266,7 +280,7 @@ class _Running:
         self.batch, self.time = call.batch, call.timestep / self.training_steps
 
     def bias_of(self, call: AttentionCall) -> Tensor | None:
-        """Bias of an attention call."""
+        """Return the bias to add to the scores of an attention call; None if nothing is to be added."""
         layer, self.awaited = self.awaited, None  # only the first call of a layer is to the text
         return None if layer is None else layer.at_call(call)
 
@@ -305,8 +319,8 @@ class _Changed:
     def forget(self) -> None:
         """Discard the bias and the correction of the layer's last call.
 
-        This is not done as soon as the layer has run, because the hooks that read its attention
-        (`elakit.attention.taps`) need the bias, and may run after the hooks of this object.
+        The hooks in `elakit.attention.taps` read the layer's attention and need the bias. These hooks may run after the
+        hooks of this class. The bias is therefore not discarded as soon as the layer has run, but before the next call.
         """
         self.missing = None
         LATE_SCORES.pop(self.layer.module, None)
@@ -327,7 +341,11 @@ class _Changed:
     def _changes(
         self, keys: int, text: slice | None, own: slice | None, scores_of: Callable[..., Tensor]
     ) -> dict[int, Change]:
-        """Changes by row; ``scores_of(row, masked=...)`` computes the scores of a row."""
+        """Call ``change_of`` for each row of the batch that sees the prompt, and return the changes by row.
+
+        ``keys`` is the number of keys. ``text`` are the keys that are text positions, and ``own`` the keys that are
+        locations of the image. ``scores_of(row, masked=...)`` computes the scores of a row.
+        """
         running = self.running
         assert running.rows is not None
         first, past, _ = running.rows.indices(running.batch)
@@ -343,10 +361,11 @@ class _Changed:
         return changes
 
     def _bias(self, changes: dict[int, Change], like: Tensor, queries: int, keys: int, image: int) -> Tensor:
-        """Bias that is added to the attention scores of a batch: a tensor with the axes row, head, query and key.
+        """Combine the changes of the rows into one bias for the attention scores of the batch, (row, head, query, key).
 
-        There is only one head if all changes are the same for all heads. `image` is the position of the image's first
-        query.
+        The dimension ``head`` has length 1 if all changes are the same for all heads. The bias has the dtype and device
+        of ``like``. ``queries`` and ``keys`` are the numbers of queries and keys. ``image`` is the index of the query
+        that belongs to the first location of the image.
         """
         running = self.running
         assert running.rows is not None
@@ -391,10 +410,10 @@ class _Changed:
         return args, {**kwargs, "attention_mask": attention_mask}
 
     def _scores(self, image: Tensor, keys: Tensor) -> Tensor:
-        """Scores of one row, (head, h*w, keys).
+        """Compute the scores of one row of the batch, (head, h*w, keys).
 
-        Queries and keys are projected once more, because the mask is an argument of the layer and must be known before
-        the layer projects them.
+        ``image`` and ``keys`` are the inputs of the layer for this row: hidden states that the layer projects to
+        queries and to keys. Both are projected here once more, because the mask must be known before the layer runs.
         """
         module: Any = self.layer.module
         if self.layer.reads != "image" and getattr(module, "norm_cross", None):
@@ -409,10 +428,11 @@ class _Changed:
         return scores
 
     def _keep(self, row: int, image: Tensor, keys: Tensor, change: Change, bias: Tensor, scores: Tensor) -> None:
-        """Compute the correction of the layer's output in one row, and store it in ``self.missing``.
+        """Compute the correction of the layer's output in one row of the batch, and store it in ``self.missing``.
 
-        The correction gives the kept keys (`Change.kept`) the weights that they have without the bias. ``scores`` are
-        those of the row without the bias, (head, h*w, keys).
+        With the correction, the kept keys (`Change.kept`) have the same weights as without the bias. ``image`` and
+        ``keys`` are the inputs of the layer, which the layer projects to queries and to keys. ``scores`` are the scores
+        of the row without the bias, (head, h*w, keys).
         """
         module: Any = self.layer.module
         kept = list(change.kept)
@@ -429,7 +449,7 @@ class _Changed:
     # -- all other layers, at the attention call -------------------------------------------------------------------
 
     def at_call(self, call: AttentionCall) -> Tensor | None:
-        """Bias of the layer's attention call; None if nothing changes."""
+        """Return the bias of the layer's attention call; None if nothing changes."""
         queries, keys = call.query.shape[-2], call.key.shape[-2]
         text, own, first = self._parts(keys)
         there = slice(first, first + math.prod(self.size))
@@ -448,7 +468,11 @@ class _Changed:
         return bias
 
     def _parts(self, keys: int) -> tuple[slice | None, slice | None, int]:
-        """Keys that are text, keys that are locations of the image, and the position of the image's first query."""
+        """Return the text keys, the image keys, and the index of the image's first query.
+
+        The text keys are None in self-attention. The image keys, which are the locations of the image, are None in
+        cross-attention. ``keys`` is the number of all keys.
+        """
         locations = math.prod(self.size)
         if self.layout is not None:
             start, count = self.layout.text
@@ -463,7 +487,10 @@ class _Changed:
 
 
 def _scores_of(call: AttentionCall, queries: slice, row: int, *, masked: bool = False) -> Tensor:
-    """Scores of one row of an attention call, (head, query, key)."""
+    """Compute the scores of one row of an attention call before the softmax, (head, query, key).
+
+    ``queries`` selects the queries. ``masked=True`` adds the attention mask of the call.
+    """
     precision = torch.promote_types(call.query.dtype, torch.float32)
     query, key = call.query[row, :, queries].to(precision), call.key[row].to(precision)
     key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)  # grouped queries

@@ -1,7 +1,9 @@
 """Identification of the denoiser calls that belong to a recorded or edited run, and of their rows that see the prompt.
 
-Both are determined when the denoiser is called: from the pipeline whose ``__call__`` is running, which need not be the
-one that was given to `record`; in a loop without a pipeline, from the text states that the denoiser receives.
+When the denoiser is called, elakit finds the pipeline that is running. This pipeline need not be the one that was given
+to `record`. The running pipeline shows whether the call belongs to the run, and which rows of the batch see the prompt.
+In a loop without a pipeline, elakit compares the text states that the denoiser receives with the text states of the
+prompt.
 """
 
 from __future__ import annotations
@@ -54,12 +56,13 @@ class SeenCall:
 class Watch:
     """Recognizer of the denoiser calls of one run, or of several runs that follow each other.
 
-    It ignores passes inside `elakit.attention.paused`, such as those of guidance, passes in other threads, and runs
-    inside a run (an image that a callback generates with the same denoiser).
+    It ignores passes in other threads, and passes inside `elakit.attention.paused`, such as the passes of guidance. It
+    also ignores a run inside a run, for example an image that a callback generates with the same denoiser.
 
     Parameters
     ----------
     adapter : Adapter
+        Adapter of the pipeline whose denoiser is watched.
     prompt : Prompt, optional
         The prompt that the runs must have. None accepts every prompt.
 
@@ -84,13 +87,18 @@ class Watch:
         refuse_caches(adapter.denoiser)
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> SeenCall | None:
-        """Read a call that is about to run; None if it does not belong to the run, or does not see the prompt.
+        """Identify a denoiser call from its arguments, before the call runs.
+
+        Returns
+        -------
+        SeenCall or None
+            None if the call does not belong to a watched run, or does not see the prompt.
 
         Raises
         ------
         RecordingError
-            Raised when the run has another prompt, or several; when it cannot be determined which rows see the
-            prompt; when the denoiser has a cache.
+            Raised when the run has a prompt other than the expected prompt, or several prompts. Also raised when the
+            rows that see the prompt cannot be determined, or when the denoiser has a cache that skips attention layers.
         """
         if threading.get_ident() != self._thread or is_left_alone(self.adapter.denoiser):
             return None
@@ -113,12 +121,15 @@ class Watch:
         return SeenCall(call, rows, self._of_run, self._text_positions(states))
 
     def close(self) -> None:
-        """Forget the last run, so that it can be freed."""
+        """Forget the last run, so that its memory can be freed."""
         self._run = self._states = None
         self._of_run = self.adapter
 
     def _begin(self, frame: FrameType, pipe: Pipeline) -> None:
-        """Check a run at its first call."""
+        """At the first call of a run, check its prompt and the caches of the denoiser, and remember the run.
+
+        ``pipe`` is the pipeline that runs; ``frame`` is the stack frame of its ``__call__``.
+        """
         refuse_caches(self.adapter.denoiser)
         adapter = self.adapter if pipe is self.adapter.pipe else adapter_for(pipe)
         if self.prompt is not None:
@@ -127,7 +138,10 @@ class Watch:
         self._run, self._of_run = frame, adapter
 
     def _check_text(self, adapter: Adapter, given: Mapping[str, Any]) -> None:
-        """Refuse a run whose prompt differs from the one to record or to edit."""
+        """Raise a `RecordingError` if the prompt of a run differs from the prompt to record or to edit.
+
+        ``given`` contains the arguments of the pipeline's call, by name.
+        """
         assert self.prompt is not None
         for name in attended_texts(adapter, given):
             texts = [given[name]] if isinstance(given[name], str) else given[name]
@@ -227,7 +241,7 @@ class Watch:
         return (states - expected).abs().amax((1, 2)) <= _SAME_STATE * expected.abs().amax()
 
     def _text_states(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Text states that the denoiser is given, (rows, positions, channels)."""
+        """Return the text states in a denoiser call, (rows, positions, channels); None if there is no such tensor."""
         if self._states_at is None:
             return None
         states = argument(args, kwargs, self._states_at, "encoder_hidden_states")
@@ -239,10 +253,11 @@ class Watch:
 
 
 def attended_texts(adapter: Adapter, given: Mapping[str, Any]) -> list[str]:
-    """Names of the arguments that contain the texts to which the image attends, in a call of a pipeline.
+    """Return the names of the pipeline arguments that contain the texts to which the image attends.
 
-    ``given`` has the arguments of the call, by name. In FLUX.1, for example, the result is ``["prompt_2"]`` if this
-    argument is given, and ``["prompt"]`` otherwise. It is empty if the call has text states instead of texts.
+    ``given`` contains the arguments of one pipeline call, by name. In FLUX.1, for example, the result is
+    ``["prompt_2"]`` if ``prompt_2`` is given, and ``["prompt"]`` otherwise. The result is empty if the call has text
+    states instead of texts.
     """
     groups: Sequence[Sequence[str]] = getattr(adapter, "text_arguments", (("prompt",), ("prompt_2",), ("prompt_3",)))
     found = (next((name for name in group if given.get(name) is not None), None) for group in groups)
@@ -263,9 +278,9 @@ def _same_tokens(adapter: Adapter, text: str, other: str) -> bool:
 
 
 def _running(denoiser: nn.Module) -> Any:
-    """Yield the frame and the pipeline of each pipeline call with this denoiser that is running in this thread.
+    """Yield the pipeline calls that use this denoiser and are running in the current thread, innermost call first.
 
-    The innermost call comes first.
+    Each call is yielded as a pair: the stack frame of ``__call__``, and the pipeline.
     """
     from diffusers import DiffusionPipeline  # already imported by the code that made the denoiser
 

@@ -19,7 +19,13 @@ from elakit.numbering import number_of
 
 
 class Sink(Protocol):
-    """Destination of the steps of a run, which it receives one after the other."""
+    """Destination of the recorded steps of a run. The sink receives one step after the other.
+
+    Attributes
+    ----------
+    layout : Layout
+        Shapes and labels of the values of one step.
+    """
 
     layout: Layout
 
@@ -27,32 +33,45 @@ class Sink(Protocol):
         """Make room for step number ``step``, counted from 0; `RecordingError` if the budget does not allow it."""
 
     def slots(self) -> Slots:
-        """Return the tensors into which the values of the next step are to be written, by the names of their nodes."""
+        """Return the tensors into which the values of the next step are to be written.
+
+        The result is a dict with one tensor for each node of the recording's tree. The keys are the names of the nodes,
+        such as ``"16x16"``.
+        """
 
     def commit(self, moment: Moment) -> None:
-        """Accept the values in the slots as the recording's next step. An interrupt leaves earlier steps unchanged."""
+        """Accept the values in the tensors of `slots` as the recording's next step.
+
+        ``moment`` contains the denoiser call, timestep and sigma of the step. If this method is interrupted, the
+        earlier steps remain unchanged.
+        """
 
     def tree(self, calls: int) -> xr.DataTree:
         """Return the recording's tree with the steps so far; ``calls`` is the number of finished denoiser calls."""
 
     def finish(self, calls: int) -> xr.DataTree:
-        """Return the recording's tree with all steps; the sink is not used afterwards."""
+        """Return the recording's tree with all steps. The sink is not used afterwards.
+
+        ``calls`` is the number of finished denoiser calls.
+        """
 
 
 class Memory:
     """Sink that keeps every step in arrays, on the host or on the model's device.
 
-    Memory is allocated in blocks of steps, which are never copied into a larger block, so that a longer run needs no
-    second copy of its steps. Allocated memory that is never written, because a run ends early, is not resident.
+    Memory is allocated in blocks of several steps. A run that is longer than expected gets further blocks, and existing
+    blocks are not copied. If a run ends early, allocated memory that was not written takes no physical memory.
 
     Parameters
     ----------
     layout : Layout
+        Shapes and labels of the values of one step.
     capacity : int
         Number of steps to allocate at first.
     limit : int
         Number of steps that the budget allows.
     device : torch.device
+        Device of the arrays.
     """
 
     def __init__(self, layout: Layout, capacity: int, limit: int, device: torch.device) -> None:
@@ -75,7 +94,10 @@ class Memory:
         self._capacity += steps
 
     def reserve(self, step: int) -> None:
-        """Add a block for a run that is longer than expected, as far as the budget allows."""
+        """Add a block of steps if the run is longer than expected; `RecordingError` if the budget does not allow it.
+
+        ``step`` is the number of the next step, counted from 0.
+        """
         if step < self._capacity:
             return
         room = min(max(8, self._capacity // 2), self._limit - self._capacity)
@@ -90,11 +112,18 @@ class Memory:
         return {name: values[step - self._starts[block]] for name, values in self._blocks[block].items()}
 
     def commit(self, moment: Moment) -> None:
-        """Accept the values that were written into the slots as the next step of the recording."""
+        """Accept the values that were written into the tensors of `slots` as the next step of the recording.
+
+        ``moment`` contains the denoiser call, timestep and sigma of the step.
+        """
         self._steps.append(moment)
 
     def tree(self, calls: int) -> xr.DataTree:
-        """Return the recording's tree, whose values are views of the arrays (copies if these are not on the host)."""
+        """Return the recording's tree with the steps so far; ``calls`` is the number of finished denoiser calls.
+
+        The values are views of the arrays that keep the steps. If these arrays are not on the host, the
+        values are copies.
+        """
         values: dict[str, Any] = {}
         for name in self.layout.nodes:
             parts = [
@@ -107,7 +136,10 @@ class Memory:
         return self.layout.tree(values, self._steps, calls)
 
     def finish(self, calls: int) -> xr.DataTree:
-        """Return the recording's tree; arrays that are not on the host are copied there and freed."""
+        """Return the recording's tree with all steps; ``calls`` is the number of finished denoiser calls.
+
+        If the arrays that keep the steps are not on the host, they are copied to the host and freed.
+        """
         tree = self.tree(calls)
         if self.device.type != "cpu":
             self._blocks.clear()
@@ -115,12 +147,14 @@ class Memory:
 
 
 class RunningMean:
-    """Sink that keeps only the mean over the steps, summed in float32 on the model's device.
+    """Sink that keeps only the mean over the steps. The steps are summed in float32 on the model's device.
 
     Parameters
     ----------
     layout : Layout
+        Shapes and labels of the values of one step.
     device : torch.device
+        Device of the model.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
@@ -138,14 +172,20 @@ class RunningMean:
         return self._slots
 
     def commit(self, moment: Moment) -> None:
-        """Add the values in the slots to the sum over the steps."""
+        """Add the values in the tensors of `slots` to the sum over the steps.
+
+        ``moment`` contains the denoiser call, timestep and sigma of the step.
+        """
         total, moments = self._state
         torch.add(total, self._step, out=self._spare)
         self._state = (self._spare, (*moments, moment))
         self._spare = total
 
     def tree(self, calls: int) -> xr.DataTree:
-        """Return a tree with a single step, the mean of the steps so far; ``calls`` as in `Sink.tree`."""
+        """Return a tree with a single step, the mean of the steps so far.
+
+        ``calls`` is the number of finished denoiser calls.
+        """
         total, moments = self._state
         if not moments:
             return self.layout.tree({}, (), calls)
@@ -163,19 +203,22 @@ class RunningMean:
 
 
 class Staging:
-    """Sink that passes the steps of an accelerator on to a sink on the host, without making the accelerator wait.
+    """Sink that copies steps from an accelerator to the host, without making the accelerator wait.
 
-    The values of a step are collected in one buffer on the device. One copy of the buffer to pinned memory on the host
-    is queued behind the work of the step. From then on, the step is "in transit". It is passed on to the sink on the
-    host when the copy of the next step has been queued; if the copy of the earlier step has not arrived by then, which
-    is rare, the host waits for it. A run that is killed may therefore leave one step fewer on disk than it had
-    finished; a run that ends in an error does not.
+    A second sink, on the host, keeps the copied steps. The values of a step are collected in one buffer on the
+    accelerator. The copy of this buffer to pinned memory on the host is queued behind the work of the step. The step is
+    passed on to the second sink when the copy of the next step has been queued. If the copy of the earlier step is not
+    complete by then, which is rare, the host waits.
+
+    If a run is killed, its last step may therefore be missing on disk. If a run ends in an error, no finished step is
+    missing.
 
     Parameters
     ----------
     sink : Sink
-        The sink on the host.
+        The second sink, which keeps the steps on the host.
     device : torch.device
+        The accelerator.
     """
 
     def __init__(self, sink: Sink, device: torch.device) -> None:
@@ -188,7 +231,10 @@ class Staging:
         self._count = 0
 
     def reserve(self, step: int) -> None:
-        """Make room in the sink on the host for step number ``step``; steps in transit are included in this number."""
+        """Make room for step number ``step``, counted from 0, in the sink on the host.
+
+        The number includes steps that are still being copied to the host.
+        """
         self._sink.reserve(step)
 
     def slots(self) -> Slots:
@@ -196,7 +242,10 @@ class Staging:
         return self._slots
 
     def commit(self, moment: Moment) -> None:
-        """Queue the copy of the step to the host, and pass the previous step on to the sink on the host."""
+        """Queue the copy of the step to the host, and pass the previous step on to the sink on the host.
+
+        ``moment`` contains the denoiser call, timestep and sigma of the step.
+        """
         flat, host = self._hosts[self._count % 2]
         flat.copy_(self._flat, non_blocking=self._cuda)
         arrived = None
@@ -217,18 +266,28 @@ class Staging:
             self._sink.commit(moment)
 
     def tree(self, calls: int) -> xr.DataTree:
-        """Pass the steps in transit on to the sink on the host, and return its tree; ``calls`` as in `Sink.tree`."""
+        """Return the recording's tree with the steps so far, after waiting for the steps that are still being copied.
+
+        ``calls`` is the number of finished denoiser calls.
+        """
         self._hand_on(leave=0)
         return self._sink.tree(calls)
 
     def finish(self, calls: int) -> xr.DataTree:
-        """Pass the steps in transit on to the sink on the host, and return its final tree."""
+        """Return the recording's tree with all steps, after waiting for the steps that are still being copied.
+
+        ``calls`` is the number of finished denoiser calls. The sink is not used afterwards.
+        """
         self._hand_on(leave=0)
         return self._sink.finish(calls)
 
 
 def over_budget(layout: Layout, step: int, limit: int) -> RecordingError:
-    """Build the error for a run with more calls than expected, whose recording would exceed the budget of the spec."""
+    """Build the error for a denoiser call whose step would exceed the budget of the recording.
+
+    ``step`` is the number of this step, counted from 0. ``limit`` is the number of steps that the budget allows.
+    ``layout`` gives the number of bytes per step.
+    """
     return RecordingError(
         f"This denoiser call would bring the recording to {readable_bytes((step + 1) * layout.step_bytes)}, but its "
         f"budget has room for {number_of(limit, 'step')}. Raise RecordSpec(budget=...), or keep fewer steps, layers "

@@ -1,4 +1,4 @@
-"""Selection of the attention that a recording keeps, and its size in bytes, which is known before the run."""
+"""Selection of the attention that a recording keeps, and the size of the recording in bytes, known before the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ class NamedLayer(Protocol):
 
     @property
     def place(self) -> str:
-        """Side of a U-Net or kind of block, as in `AttentionLayer`."""
+        """Part of a U-Net that contains the layer ("down", "mid" or "up"), or kind of its transformer block.
+
+        The kinds are "double" and "single" in joint attention, and "block" in a transformer with cross-attention.
+        """
 
 
 L = TypeVar("L", bound=NamedLayer)
@@ -105,13 +108,13 @@ class Channels:
     Attributes
     ----------
     labels : tuple of str
-        ``"<start>"``, the selected tokens in the order of the text, ``"<end>"``. Encoders without a start-of-text
-        token, such as T5, have no ``"<start>"``.
+        Labels of the columns: ``"<start>"``, the selected tokens in the order of the text, and ``"<end>"``. Encoders
+        without a start-of-text token, such as T5, have no ``"<start>"``.
     indices : tuple of int
-        Positions of these tokens in the encoder's sequence; -1 for ``"<end>"``, which is a sum.
+        Position of each label in the encoder's sequence. ``"<end>"``, the sum over several positions, has -1.
     rest : tuple of (int, int or None)
-        Ranges (first position, position after the last) that ``"<end>"`` sums: end-of-text and padding. None as the
-        second element stands for the end of the sequence.
+        Ranges of positions that ``"<end>"`` sums: end-of-text and padding. A range is a pair (start, stop), in which
+        ``stop`` is excluded. None as ``stop`` stands for the end of the sequence.
     """
 
     labels: tuple[str, ...]
@@ -120,18 +123,22 @@ class Channels:
 
     @property
     def named(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """``labels`` and ``indices``."""
+        """The pair of ``labels`` and ``indices``."""
         return self.labels, self.indices
 
     def gather(self, probabilities: Tensor, text: int | None = None) -> Tensor:
-        """Select the columns to keep, and sum those of ``"<end>"``; (..., key positions) -> (..., len(labels)).
+        """Return the attention of the columns to keep. The column ``"<end>"`` is the sum over end-of-text and padding.
 
         Parameters
         ----------
-        probabilities : torch.Tensor
-            Attention to the text.
+        probabilities : torch.Tensor, (..., positions)
+            Attention to each text position. Positions of image tokens may follow the text.
         text : int, optional
-            Number of positions that are text; later positions are ignored. Default: all.
+            Number of positions that are text; later positions are ignored. Default: all positions are text.
+
+        Returns
+        -------
+        torch.Tensor, (..., len(labels))
 
         Raises
         ------
@@ -140,6 +147,8 @@ class Channels:
 
         Examples
         --------
+        ``"<end>"`` sums the positions from 3 on:
+
         >>> row = torch.tensor([0.5, 0.125, 0.25, 0.0625, 0.0625])
         >>> Channels(("<start>", "car", "<end>"), (0, 2, -1), ((3, None),)).gather(row)
         tensor([0.5000, 0.2500, 0.1250])
@@ -165,15 +174,16 @@ class Resolution:
     Attributes
     ----------
     size : (int, int)
-        Rows and columns.
+        Rows and columns of the maps.
     layers : tuple of str
-        Names of the layers; for self-attention, names of the layers that attend to the text in the same blocks.
+        Names of layers that attend to the text. For self-attention, the self-attention in the blocks of these layers is
+        kept.
     heads : int
         Number of heads that are kept of each layer; 1 if their mean is kept.
     bytes : int
-        Size of these maps in bytes, for the whole recording.
+        Size of this part in bytes, for the whole recording.
     keys : {"text", "image"}
-        "text" for maps, "image" for self-attention.
+        Keys of the attention: "text" for maps, "image" for self-attention.
     averaged : bool
         True if the mean of the layers is kept instead of each layer.
     """
@@ -209,7 +219,7 @@ class Plan:
     dtype : str
         Type of the stored values.
     budget : int
-        Number of bytes that the specification allows.
+        Number of bytes that the `RecordSpec` allows.
     accumulate : bool
         Whether only the mean of the steps is kept.
     """
@@ -246,24 +256,25 @@ class Plan:
 class SelfAttention:
     """Selection of the self-attention that a recording keeps: the attention among the locations of one map size.
 
-    Self-attention takes (h*w)^2 numbers per step, image, layer and head: 131 kB at 16 x 16 and 2 MB at 32 x 32 in
-    float16.
+    Self-attention has (h*w)^2 values per step, image, layer and head. In float16, these values take 131 kB at 16 x 16
+    and 2 MB at 32 x 32.
 
-    Stable Diffusion, SDXL and PixArt have separate layers for it, next to those that attend to the text. In joint
-    attention (Stable Diffusion 3, FLUX), the layers that attend to the text also attend to the image; the values of a
-    location then sum to the share of its attention that the image receives.
+    Stable Diffusion, SDXL and PixArt have separate layers for self-attention. In joint attention (Stable Diffusion 3,
+    FLUX), the same layers attend to text and image. The self-attention of a location then sums to the share of
+    attention that the image receives.
 
     Parameters
     ----------
     size : int
-        Longer side of the maps.
+        Longer side of the maps whose locations attend to each other.
     layers : str or sequence of str, optional
-        Layers that attend to the text, as in `select_layers`; the self-attention of their blocks is kept. Default: the
-        ``layers`` of the `RecordSpec`.
+        Layers that attend to the text: ``"all"``, a place such as ``"up"``, a glob on names, or several of these (see
+        `select_layers`). The self-attention in the blocks of these layers is kept. Default: the layers that the
+        `RecordSpec` selects.
     heads : {"mean", "all"} or sequence of int
         The mean over the heads, every head, or the heads with these indices, counted from 0.
     each_layer : bool
-        True keeps each layer, False the mean of the layers.
+        True keeps each layer separately; False keeps the mean of the layers.
 
     Raises
     ------
@@ -272,6 +283,8 @@ class SelfAttention:
 
     Examples
     --------
+    Keep every head of every decoder layer at 16 x 16:
+
     >>> spec = RecordSpec(self_attention=SelfAttention(size=16, layers="up", heads="all", each_layer=True))
     """
 
@@ -293,32 +306,33 @@ class RecordSpec:
     Parameters
     ----------
     tokens : {"words", "entities", "all"} or sequence of int or str
-        "words": the words of the prompt. "entities": the tokens of its entities and their attributes. "all": every
-        position, including end-of-text (``"<eot>"``) and each padding position (``"<pad/1>"``, ...). A sequence: words,
-        labels such as ``"red#2"``, phrases or positions. Start-of-text (if the encoder has one) and the summed mass of
+        "words": the words of the prompt. "entities": the nouns and attributes of the entities. "all": every position,
+        including end-of-text (``"<eot>"``) and each padding position (``"<pad/1>"``, ...). A sequence: words, labels
+        such as ``"red#2"``, phrases or positions. Start-of-text (if the encoder has this token) and the summed mass of
         end-of-text and padding are always kept in addition.
     layers : str or sequence of str
-        Layers to keep, as in `select_layers`.
+        Layers to keep: ``"all"``, a place such as ``"up"``, a glob on names, or several of these (see `select_layers`).
     sizes : int or sequence of int, optional
         Longer sides of the maps to keep. Default: all sizes.
     heads : {"mean", "all"} or sequence of int
         The mean over the heads of a layer, every head, or the heads with these indices, counted from 0.
     steps : slice or int, optional
-        Denoiser calls to keep: a slice of their numbers, counted from 0, or an integer n for every n-th call (0, n,
-        2n, ...). Default: all.
+        Denoiser calls to keep. A slice selects calls by number, counted from 0. An integer n selects every n-th call:
+        0, n, 2n, and so on. Default: all calls.
     self_attention : int or SelfAttention, optional
-        Self-attention to keep in addition. A number n stands for ``SelfAttention(size=n)``: among the selected layers,
-        those whose maps have a longer side of n are averaged over layers and heads, and one mean is kept per step and
-        image. ``maps(refine=...)`` uses this mean. Default: none.
+        Self-attention to keep in addition. A number n stands for ``SelfAttention(size=n)``, which keeps one mean per
+        step and image. This mean is over the heads of all selected layers whose maps have the longer side n. The
+        argument ``refine`` of `Recording.maps` requires self-attention. Default: no self-attention.
     dtype : {"float16", "float32"}
-        Type of the stored values; probabilities are always computed, and maps averaged, in float32. float16 keeps
-        three significant digits of probabilities above 0.00006, and rounds smaller ones to multiples of 0.00000006.
+        Type of the stored values. Probabilities are always computed in float32, and maps are averaged in float32.
+        float16 keeps three significant digits of probabilities above 0.00006. Smaller probabilities are rounded to
+        multiples of 0.00000006.
     accumulate : bool
-        True keeps only the mean over the steps, as one step whose timestep and sigma are means, too.
+        True keeps only the mean over the steps. The recording then has one step, with the mean timestep and sigma.
     device : {"cpu", "model"}
-        Memory that keeps the steps during the run: "cpu" is that of the host, to which each step is copied
-        asynchronously; "model" is that of the model's device. The mean of ``accumulate=True`` is always computed on the
-        model's device.
+        Memory that keeps the steps during the run. "cpu" keeps them on the host, to which each step is copied
+        asynchronously. "model" keeps them on the model's device. The mean of ``accumulate=True`` is always computed on
+        the model's device.
     budget : int
         Largest size of a recording in bytes, by default 1 GiB; a larger recording is refused before the first denoiser
         call runs.
@@ -330,6 +344,8 @@ class RecordSpec:
 
     Examples
     --------
+    By default, every denoiser call is kept. With ``steps=5``, call 3 is not kept:
+
     >>> RecordSpec(layers="up", sizes=16, dtype="float32").keeps(3, calls=20)
     True
     >>> RecordSpec(steps=5).keeps(3, calls=20)
@@ -371,14 +387,14 @@ class RecordSpec:
 
     @property
     def own(self) -> SelfAttention | None:
-        """``self_attention`` as a `SelfAttention`; None if none is kept."""
+        """The attribute ``self_attention`` as a `SelfAttention`; None if no self-attention is kept."""
         if self.self_attention is None or isinstance(self.self_attention, SelfAttention):
             return self.self_attention
         return SelfAttention(size=self.self_attention)
 
     @property
     def wanted_sizes(self) -> tuple[int, ...] | None:
-        """``sizes`` as a tuple; None for all sizes."""
+        """The attribute ``sizes`` as a tuple; None for all sizes."""
         return (self.sizes,) if is_whole(self.sizes) else None if self.sizes is None else tuple(self.sizes)
 
     def keeps(self, call: int, calls: int | None) -> bool:
@@ -458,7 +474,7 @@ class RecordSpec:
             Number of denoiser calls: ``num_inference_steps`` with most schedulers, one more with PNDM, nearly twice as
             many with Heun.
         height, width : int, optional
-            Size of the image in pixels; by default, the default size of the model.
+            Size of the image in pixels. Default: the model's default size.
         images : int
             Number of images in the batch or, for a video, number of frames of its latent.
 
@@ -492,7 +508,7 @@ class RecordSpec:
         kept: int,
         images: int,
     ) -> Plan:
-        """Return the content and size of a recording of given layers, as `plan` does for a pipeline.
+        """Return the content and size of a recording, given the layers of the model and the size of the latent.
 
         Parameters
         ----------
@@ -504,7 +520,7 @@ class RecordSpec:
         kept : int
             Number of denoiser calls that are kept.
         images : int
-            Number of images in the batch or, for videos, number of all their frames.
+            Number of images in the batch or, for videos, number of the frames of all videos.
 
         Returns
         -------
@@ -513,7 +529,7 @@ class RecordSpec:
         Raises
         ------
         RecordingError
-            Raised for the reasons listed in `plan`.
+            Raised when the plan exceeds the budget, or selects layers, sizes, heads or tokens that do not exist.
         """
         labels = self.channels(prompt).labels
         by_size = _by_size(select_layers(layers, self.layers), latent)
@@ -554,7 +570,11 @@ class RecordSpec:
     def _of_self(
         self, own: SelfAttention, layers: Sequence[AttentionLayer], latent: tuple[int, int], count: int
     ) -> Resolution:
-        """The part of the plan that belongs to self-attention; ``count`` is the number of steps x images to keep."""
+        """Return the part of the plan that belongs to self-attention.
+
+        ``own`` selects the self-attention. ``layers`` are all layers of the model, and ``latent`` is the size (h, w) of
+        the latent. ``count`` is the number of steps to keep, multiplied by the number of images.
+        """
         by_size = _by_size(select_layers(layers, own.layers or self.layers), latent)
         size = next((size for size in by_size if max(size) == own.size), None)
         if size is None:
@@ -598,7 +618,7 @@ class RecordSpec:
 
 
 def _by_size(layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> dict[tuple[int, int], list[AttentionLayer]]:
-    """Layers by the size of their maps."""
+    """Group layers by the size of their maps, (rows, columns); ``latent`` is the size (h, w) of the latent."""
     found: dict[tuple[int, int], list[AttentionLayer]] = {}
     for layer in layers:
         # A strided convolution rounds up, so an odd latent gives ceil(side / factor).
@@ -617,10 +637,10 @@ def _check_heads(heads: Any) -> None:
 
 
 def _heads_of(heads: Any, size: tuple[int, int], members: Sequence[AttentionLayer]) -> int:
-    """Number of heads to keep per layer, for the layers ``members``, whose maps have one size; 1 for the mean.
+    """Return the number of heads to keep per layer; 1 if ``heads`` is "mean".
 
-    A `RecordingError` is raised if a layer lacks one of the heads, or if all heads are to be kept and the layers differ
-    in their number.
+    ``members`` are the layers whose maps have the given size. A `RecordingError` is raised if a layer does not have all
+    heads that ``heads`` names. It is also raised if ``heads`` is "all" and the layers have different numbers of heads.
     """
     if heads == "mean":
         return 1

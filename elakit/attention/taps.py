@@ -55,34 +55,38 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
     layers : sequence of AttentionLayer
         Layers to read.
     on_attention : callable
-        Function that is called with the layer, a function ``attend``, and the size (h, w) of the layer's maps.
-        ``attend(rows)`` returns the probabilities of a slice of the batch, (rows, heads, h*w, keys), as `probabilities`
-        computes them, gradients included; for a video, (rows, heads, frames*h*w, keys). Keys are the text positions, or
-        the locations of the image if ``layer.reads`` is "image". In cross-attention, ``attend(rows, more)`` appends
-        further keys. ``more`` are text states (tokens, channels), which the layer projects to keys; if the layer is
-        read at its attention call (`AttentionLayer.layout` is not None, as in Sana and HunyuanDiT), ``more`` are keys
-        (1, heads, tokens, d). ``attend`` must be called before ``on_attention`` returns. An error that ``on_attention``
-        raises ends the pass.
+        Function that is called with the layer, a function ``attend``, and the size (h, w) of the layer's maps. An error
+        that ``on_attention`` raises ends the pass. ``attend`` must be called before ``on_attention`` returns.
+
+        ``attend(rows)`` returns the attention probabilities of a slice of the batch, (rows, heads, h*w, keys). For a
+        video, the shape is (rows, heads, frames*h*w, keys). The result is differentiable. The keys are the text
+        positions. If ``layer.reads`` is "image", the keys are the locations of the image.
+
+        In cross-attention, ``attend(rows, more)`` appends further keys. ``more`` contains text states, (tokens,
+        channels), which the layer projects to keys. For a layer that is read at its attention call, as in Sana and
+        HunyuanDiT, ``more`` contains the keys themselves, (1, heads, tokens, channels per head).
 
     Raises
     ------
     RecordingError
-        Raised on entry when a layer has an attention processor that is not from diffusers; inside the block when a
-        layer runs without projections or an attention call that can be read, when its projections were replaced, when
-        tokens were merged (ToMe), or when the attention mask does not fit.
+        Raised on entry when a layer has an attention processor that is not from diffusers. Raised inside the block when
+        the queries and keys of a layer cannot be read, or when projections were replaced. Also raised inside the block
+        when tokens were merged (ToMe), or when the attention mask does not fit the batch and the keys.
 
     Notes
     -----
-    In a layer of kind "cross" the keys are the text, or the image, and the probabilities of a location sum to 1. In
-    joint attention (kinds "joint" and "single": Stable Diffusion 3, FLUX) image and text are keys of the same softmax.
-    ``attend`` returns the columns of the keys that ``layer.reads`` names, so that the probabilities of a location sum
-    to the share of attention that these keys receive.
+    In cross-attention and in separate self-attention layers, the probabilities of a location sum to 1. In joint
+    attention (Stable Diffusion 3, FLUX), image and text are keys of the same softmax. ``attend`` then returns only the
+    keys that ``layer.reads`` names: text or image. The probabilities of a location sum to the share of attention that
+    the returned keys receive.
 
-    Hooks are placed on the projections that the layers have on entry: load LoRA weights and fuse projections before
+    Hooks are placed on the projections that the layers have on entry. Load LoRA weights and fuse projections before
     you enter the block. All hooks are removed on exit, also after an error.
 
     Examples
     --------
+    The layer has two heads, 3 x 5 locations and 7 text positions; one row of the batch is read:
+
     >>> import torch
     >>> from diffusers.models.transformers.transformer_2d import Transformer2DModel
     >>> block = Transformer2DModel(2, 4, in_channels=8, norm_num_groups=4, cross_attention_dim=6)
@@ -111,12 +115,14 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
 
 
 def check_processor(layer: AttentionLayer) -> None:
-    """Refuse an attention processor that is not from diffusers, which may change scores in a way that cannot be read.
+    """Raise an error if a layer has an attention processor that is not from diffusers.
+
+    A processor from elsewhere may change attention scores in a way that cannot be read.
 
     Raises
     ------
     RecordingError
-        Raised when the processor is defined outside the package diffusers.
+        Raised when the processor of the layer is defined outside the package diffusers.
     """
     processor = getattr(layer.module, "processor", None)
     processor = processor if isinstance(processor, FunctionType) else type(processor)
@@ -131,7 +137,11 @@ def check_processor(layer: AttentionLayer) -> None:
 
 
 class _Tap:
-    """Reader of one layer: it keeps the projected queries and keys of a pass until the layer has run."""
+    """Reader of the attention of one layer, by hooks on the layer's projections.
+
+    In each forward pass, the reader keeps the queries and keys that the layer projects. When the layer has run, the
+    reader calls ``on_attention`` (see `tap`), and then drops the queries and keys.
+    """
 
     _reading: ClassVar[bool] = False  # true while a tap itself applies the norms of a layer
 
@@ -253,7 +263,7 @@ class _Tap:
         return probabilities(query, key, columns, mask=mask, scale=self._scale)
 
     def _project(self, states: Tensor) -> Tensor:
-        """Project text states, (tokens, channels), to the layer's keys, (1, tokens, heads, d)."""
+        """Project text states, (tokens, channels), to keys of the layer, (1, tokens, heads, channels per head)."""
         module: Any = self.layer.module
         states = states.unsqueeze(0)
         states = module.norm_encoder_hidden_states(states) if module.norm_cross else states
@@ -268,35 +278,47 @@ class _Tap:
         return getattr(self.layer.module, "scale", None)
 
     def _normed(self, part: str, x: Tensor) -> Tensor:
-        """Normalize projected queries or keys, (rows, n, heads, d), per head if the layer did so in this pass."""
+        """Apply the layer's query or key norm to ``x``, if the layer has applied this norm in the current pass.
+
+        ``part`` is "query", "key" or "text_key". ``x`` contains projected queries or keys, (rows, positions, heads,
+        channels per head). If the layer has not applied the norm, ``x`` is returned unchanged.
+        """
         norm: Any = getattr(self.layer.module, _NORMS[part], None)
         return norm(x) if part in self.normed else x
 
 
 def scores_mask(mask: Tensor | None, layer: AttentionLayer, batch: int, keys: int) -> Tensor | None:
-    """Reshape an attention mask to (rows or 1, heads or 1, queries or 1, keys), as the layer's processor reads it.
+    """Reshape an attention mask to four dimensions: rows, heads, queries, keys.
+
+    The mask is read as the layer's attention processor reads it.
 
     Parameters
     ----------
     mask : torch.Tensor, optional
-        Mask that the attention module receives; None gives None. Cross-attention takes (rows, keys),
-        (rows, 1 or queries, keys) or (rows x heads, 1 or queries, keys); joint attention takes (rows, keys) and every
-        shape that broadcasts to (rows, heads, queries, keys).
+        Mask that the attention module receives: (rows, keys) or (rows, heads, queries, keys). Cross-attention also
+        takes (rows, queries, keys) and (rows x heads, queries, keys). Joint attention also takes (queries, keys) and
+        (heads, queries, keys). Rows, heads and queries may have the size 1.
     layer : AttentionLayer
-    batch, keys : int
-        Number of rows of the batch, and number of keys.
+        Layer whose attention module receives the mask.
+    batch : int
+        Number of rows of the batch.
+    keys : int
+        Number of keys.
 
     Returns
     -------
     torch.Tensor or None
+        The reshaped mask. Dimensions that `mask` does not have get the size 1. None if `mask` is None.
 
     Raises
     ------
     RecordingError
-        Raised when the mask has another shape.
+        Raised when the mask has none of these shapes.
 
     Examples
     --------
+    Four masks for a layer of joint attention, a batch of 3 rows, and 7 keys. The third mask has 5 queries:
+
     >>> layer = AttentionLayer("attn", "double", 2, nn.Identity(), nn.Identity(), 1, kind="joint")
     >>> [tuple(scores_mask(torch.zeros(s), layer, 3, 7).shape) for s in ((3, 7), (1, 7), (5, 7), (3, 1, 1, 7))]
     [(3, 1, 1, 7), (1, 1, 1, 7), (1, 1, 5, 7), (3, 1, 1, 7)]
@@ -330,7 +352,11 @@ def _to_all(captured: Sequence[_Capture]) -> OnCall:
 
 
 class _Capture:
-    """Reader of one layer at its attention call: it keeps the arguments of the call until the layer has run."""
+    """Reader of the attention of one layer, at the layer's attention call.
+
+    The reader keeps the arguments of the call until the layer has run. The reader then calls ``on_attention`` (see
+    `tap`), and drops the arguments.
+    """
 
     def __init__(self, layer: AttentionLayer, on_attention: OnAttention) -> None:
         assert layer.layout is not None
@@ -354,7 +380,10 @@ class _Capture:
         self.running, self.call = True, None
 
     def see(self, call: AttentionCall) -> None:
-        """Keep the first attention call of the layer; in later calls it attends to an image prompt (IP-Adapter)."""
+        """Keep the layer's first attention call of a pass; ignore all other calls.
+
+        In a second call of the same pass, the layer attends to an image prompt (IP-Adapter).
+        """
         if self.running and self.call is None:
             self.call = call
 
@@ -401,13 +430,14 @@ def rotate(x: Tensor, rotary: Sequence[Tensor]) -> Tensor:
     Parameters
     ----------
     x : torch.Tensor, (rows, n, heads, d)
-        Queries or keys.
-    rotary : sequence of torch.Tensor, (n, d)
-        Cosine and sine of the angles.
+        Queries or keys at n positions, with d channels per head.
+    rotary : sequence of two torch.Tensor, (n, d)
+        Cosine and sine of the angle by which each channel is rotated at each position.
 
     Returns
     -------
     torch.Tensor, (rows, n, heads, d)
+        The rotated queries or keys.
     """
     cos, sin = (turn[None, :, None, :] for turn in rotary)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -428,24 +458,27 @@ def probabilities(
     Parameters
     ----------
     query : torch.Tensor, (B, n, heads, d)
-        n queries of each of B rows, with d channels per head.
+        Queries of a batch of B rows: n queries per row, with d channels per head.
     key : torch.Tensor, (B, keys, heads, d)
+        Keys of the same batch.
     columns : slice, optional
         Keys whose probabilities are returned; default: all.
     mask : torch.Tensor, (B or 1, 1 or heads, 1 or n, keys), optional
         Numbers that are added to the scores before the softmax, or booleans that are True where a key is seen. The
         dimension of the heads may be missing.
     scale : float, optional
-        Factor of the products of queries and keys; default ``1 / sqrt(d)``.
+        Factor by which the dot product of a query and a key is multiplied to give the score; default ``1 / sqrt(d)``.
 
     Returns
     -------
-    torch.Tensor, (B, heads, n, keys of ``columns``)
-        float32 whatever the model's precision (float64 stays float64); differentiable. The probabilities of a query sum
-        to 1 over all keys, of which ``columns`` may be a part.
+    torch.Tensor, (B, heads, n, number of keys in ``columns``)
+        Probabilities, differentiable: float64 for queries in float64, float32 for all others. The probabilities of a
+        query sum to 1 over all keys. If ``columns`` selects a part of the keys, the sum may be lower.
 
     Examples
     --------
+    Queries and keys in bfloat16 give probabilities in float32. The last two of seven keys are columns 5 and 6:
+
     >>> import torch
     >>> query, key = torch.randn(1, 15, 2, 4).bfloat16(), torch.randn(1, 7, 2, 4).bfloat16()
     >>> p = probabilities(query, key)

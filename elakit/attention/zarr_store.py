@@ -1,18 +1,19 @@
 """Recordings on disk: a Zarr store that grows with the run, and strict reading of such a store.
 
-A store is an ordinary Zarr store (version 2), readable with `xarray.open_datatree` or any other Zarr reader. It has one
-group per map size (and one for self-attention), with the arrays that `Recording` describes.
+Recordings are stored in Zarr version 2, readable with `xarray.open_datatree` or any other Zarr reader. A store has one
+group per map size, and one for self-attention if this is recorded. `Recording` describes the arrays of a group.
 
-Reasons why this module writes and reads the files itself instead of using zarr-python:
+This module writes and reads the files itself instead of using zarr-python, for three reasons:
 
-* **A killed run must leave a valid store.** A step belongs to the store once the consolidated metadata, one small file,
-  has been replaced. This file is replaced last, after all values of the step have been written, and each file is
-  written under another name and then renamed. zarr-python resizes an array (metadata first) and then writes its chunks,
-  array by array, so a process that is killed in between leaves arrays of different lengths, or steps without values.
-* **A missing file must be an error.** Zarr reads a missing chunk as fill values, so a part of a damaged recording would
-  look like attention of zero.
-* **Opening must not run code.** Zarr metadata names the codecs of an array, and some codecs (pickle) execute what they
-  decode. Here everything but Blosc and the types f, i and U is refused before a byte is decoded.
+* **A killed run must leave a valid store.** The values of a step are written first. The step belongs to the store only
+  when one small file, the consolidated metadata, has been replaced. Each file is written under another name, then
+  renamed. zarr-python would resize an array before it writes the values. A process that is killed in between would
+  leave arrays of different lengths, or steps without values.
+* **A missing file must be an error.** zarr-python reads a missing chunk as fill values, so a part of a damaged
+  recording would look like attention of zero.
+* **Opening must not run code.** The metadata of an array names a codec, and some codecs (pickle) execute what they
+  decode. This module decodes only arrays of numbers or text that were compressed with Blosc. All other arrays are
+  refused before a byte is decoded.
 """
 
 from __future__ import annotations
@@ -59,15 +60,17 @@ _COORDINATES = {
 
 
 class ZarrStore:
-    """Sink that writes every step to a Zarr store as soon as it is finished, and keeps one step in memory.
+    """Sink of a recording that writes each finished step to a Zarr store on disk, and keeps one step in memory.
 
     Parameters
     ----------
     layout : Layout
+        Shapes and labels of the values of a step.
     path : pathlib.Path
-        Folder of the store. It must not exist; the first step creates it, complete with all metadata.
+        Folder of the store. The folder must not exist; the first step creates it with all metadata.
     limit : int
-        Number of steps that the budget allows.
+        Largest number of steps in the store. This number follows from the largest size of a recording in bytes,
+        ``RecordSpec(budget=...)``.
     """
 
     def __init__(self, layout: Layout, path: Path, limit: int) -> None:
@@ -79,7 +82,7 @@ class ZarrStore:
         self._metadata: dict[str, Any] = {}
 
     def reserve(self, step: int) -> None:
-        """Raise a `RecordingError` if the step would exceed the budget."""
+        """Raise a `RecordingError` if the store has no room for step number ``step``, counted from 0."""
         if step >= self._limit:
             raise over_budget(self.layout, step, self._limit)
 
@@ -88,7 +91,10 @@ class ZarrStore:
         return self._slots
 
     def commit(self, moment: Moment) -> None:
-        """Write the values of the step, then the metadata that makes the step a part of the store."""
+        """Write the values in the tensors of `slots` to the store as the next step, then update the metadata.
+
+        ``moment`` contains the denoiser call, the timestep and the sigma of the step.
+        """
         if not self._steps:
             values = {name: _array(slot)[None] for name, slot in self._slots.items()}
             write_whole(self.layout.tree(values, [moment], moment[0] + 1), self.path, step_chunk=1)
@@ -120,11 +126,14 @@ class ZarrStore:
         self._metadata = metadata
 
     def tree(self, calls: int) -> xr.DataTree:
-        """Return the tree of the store as it is now; its values stay on disk until they are used."""
+        """Return the recording's tree with the steps written so far; values stay on disk until they are used.
+
+        ``calls`` is the number of finished denoiser calls.
+        """
         return open_tree(self.path) if self._steps else self.layout.tree({}, (), calls)
 
     def finish(self, calls: int) -> xr.DataTree:
-        """Write the number of finished denoiser calls to the store, and return the recording's tree."""
+        """Write ``calls``, the number of finished denoiser calls, to the store, and return the recording's tree."""
         if not self._metadata:
             if self.path.exists():  # someone else took the path in the meantime, which has raised an error
                 return self.layout.tree({}, (), calls)
@@ -148,7 +157,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def is_recording(path: Path) -> bool:
-    """Return whether a folder is a recording of the current or an earlier format."""
+    """Return whether a folder is a recording of this or any other version of elakit."""
     try:
         found = json.loads((path / ".zattrs").read_text(encoding="utf-8-sig")).get("format")
         return isinstance(found, str) and found.startswith("elakit recording ")
@@ -157,13 +166,16 @@ def is_recording(path: Path) -> bool:
 
 
 def open_tree(path: Path) -> xr.DataTree:
-    """Open a recording: labels are read, values stay on disk until they are used.
+    """Open the recording in a folder, and return its tree.
+
+    Labels are read at once. The attention stays on disk until it is used.
 
     Raises
     ------
     RecordingError
-        Raised when a file is missing or damaged (the message names it), or the recording has the format of an older or
-        newer version of elakit. Also raised later, when values are used after the folder has been deleted or replaced.
+        Raised when a file is missing or damaged; the message names the file. Raised when the recording has a format
+        that this version of elakit does not read. Also raised later, when values are used after the folder has been
+        deleted or replaced.
     """
     metadata = _read_json(path / ".zmetadata")
     try:
@@ -183,7 +195,10 @@ def open_tree(path: Path) -> xr.DataTree:
 
 
 def _root_attributes(attributes: Any, path: Path) -> dict[str, Any]:
-    """Check the attributes of the whole recording, and return them."""
+    """Check the Zarr attributes of a whole recording (format, prompt, model and others), and return a copy of them.
+
+    ``path`` is the folder of the recording, for error messages.
+    """
     file = path / ".zmetadata"
     if attributes["format"] != FORMAT:
         raise RecordingError(
@@ -226,9 +241,16 @@ def _open_node(path: Path, name: str, described: Mapping[str, Any]) -> xr.Datase
 
 
 def _check_text(values: np.ndarray, stored: _StoredArray) -> None:
-    """Raise a `RecordingError` that names the file if labels are not valid Unicode.
+    """Raise a `RecordingError` if labels of a recording are not valid Unicode; the message names the file.
 
-    Labels are checked when a recording is opened, because an error at a later use would not name the file.
+    Labels are checked when the recording is opened, because an error at a later use would not name the file.
+
+    Parameters
+    ----------
+    values : ndarray of str
+        The labels.
+    stored : _StoredArray
+        Array from which the labels were read.
     """
     codes = np.ascontiguousarray(values).view(np.uint32)
     wrong = (codes > sys.maxunicode) | ((codes >= 0xD800) & (codes <= 0xDFFF))
@@ -245,7 +267,7 @@ class _StoredArray(LazyArray):
     store : pathlib.Path
         Folder of the store.
     name : str
-        Path of the array in the store.
+        Path of the array within the store.
     described : mapping
         Zarr metadata of the array (the content of its ``.zarray``).
     """
@@ -279,7 +301,10 @@ class _StoredArray(LazyArray):
         self._check_files()
 
     def _identify(self) -> tuple[int, int, int]:
-        """Fingerprint of the store, which changes when its folder is replaced, but not when the store grows."""
+        """Device, inode and modification time of the store's file ``.zgroup``, as a fingerprint of the store.
+
+        The fingerprint changes when the folder of the store is replaced. It stays the same when the store grows.
+        """
         try:
             found = os.stat(self._store / ".zgroup")
         except OSError as error:
@@ -303,7 +328,10 @@ class _StoredArray(LazyArray):
                 raise _missing(self._folder / _chunk_name(place))
 
     def fetch(self, steps: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """Return the values at these positions, (len(steps), len(images), ...)."""
+        """Return the values of some steps and images, (len(steps), len(images), ...).
+
+        ``steps`` and ``images`` are positions along the first and the second dimension of the array.
+        """
         values = np.empty((len(steps), len(images), *self.shape[2:]), self.dtype)
         if not values.size:
             return values
@@ -315,13 +343,13 @@ class _StoredArray(LazyArray):
         return values
 
     def whole(self) -> np.ndarray:
-        """Return all values of an array of one dimension."""
+        """Return all values of the array, which must have one dimension."""
         (length,), (chunk,) = self.shape, self._chunks
         parts = [self._chunk((nth,)) for nth in range(-(-length // chunk))]
         return np.concatenate(parts)[:length] if parts else np.empty(0, self.dtype)
 
     def file_of(self, position: int) -> Path:
-        """File of the chunk that contains the value at a position of an array of one dimension."""
+        """Path of the file that contains the value at ``position``; the array must have one dimension."""
         return self._folder / _chunk_name((position // self._chunks[0],))
 
     def _chunk(self, place: tuple[int, ...]) -> np.ndarray:
@@ -375,7 +403,7 @@ def _damaged(file: Path, why: str) -> RecordingError:
 
 
 def free_path(path: str | Path) -> Path:
-    """Check, before the run, that a store can be written to a path, and create the folder that will contain it.
+    """Check, before a run, that a recording can be written to ``path``, and create missing parent folders.
 
     Returns
     -------
@@ -385,7 +413,7 @@ def free_path(path: str | Path) -> Path:
     Raises
     ------
     OutputError
-        Raised when the path already exists, or its folder cannot be written to.
+        Raised when the path already exists, or its parent folder cannot be created or written to.
     """
     target = Path(path).expanduser()
     if target.exists() or target.is_symlink():
@@ -404,7 +432,16 @@ def free_path(path: str | Path) -> Path:
 
 
 def save_tree(tree: xr.DataTree, path: str | Path, overwrite: bool) -> Path:
-    """Write a recording, whole or not at all; see `Recording.save`."""
+    """Write a recording as a Zarr store, whole or not at all, and return the path of the store.
+
+    ``overwrite=True`` replaces an existing recording at this path. A path that is not a recording is never replaced.
+
+    Raises
+    ------
+    OutputError
+        Raised when the path cannot be written to. Raised when the path exists, unless ``overwrite`` is True and the
+        path is a recording.
+    """
     target = Path(path).expanduser()
     if target.exists() or target.is_symlink():
         if not is_recording(target):
@@ -416,7 +453,9 @@ def save_tree(tree: xr.DataTree, path: str | Path, overwrite: bool) -> Path:
 
 
 def write_whole(tree: xr.DataTree, target: Path, step_chunk: int | None = None, replace: bool = False) -> None:
-    """Write a store completely or not at all: it is written under another name, then renamed to ``target``.
+    """Write a recording as a Zarr store, whole or not at all.
+
+    The store is written to a temporary folder, which is then renamed to ``target``.
 
     Parameters
     ----------
@@ -425,16 +464,19 @@ def write_whole(tree: xr.DataTree, target: Path, step_chunk: int | None = None, 
     target : pathlib.Path
         Folder of the store.
     step_chunk : int, optional
-        Number of steps per file. Default: as many as fit into 4 MB.
+        Number of steps in each file of attention values. Default: as many as fit into 4 MB, but at least one.
     replace : bool
-        True replaces an existing folder.
+        If True, an existing folder is replaced. If False, an existing folder is an error, unless it is empty.
     """
     with replace_folder(target, overwrite=replace) as part:
         _write_tree(tree, part, step_chunk)
 
 
 def _write_tree(tree: xr.DataTree, path: Path, step_chunk: int | None) -> None:
-    """Write all files of a store, in Zarr version 2, because that version standardizes arrays of text."""
+    """Write all files of a store to the folder ``path``; ``step_chunk`` is explained in `write_whole`.
+
+    The files have the format Zarr version 2, in which arrays of text are a part of the standard.
+    """
     described: dict[str, Any] = {".zgroup": {"zarr_format": 2}, ".zattrs": dict(tree.attrs)}
     for group, child in tree.children.items():
         node = child.to_dataset()
@@ -476,7 +518,10 @@ def _chunks(variable: xr.Variable, step_chunk: int | None) -> tuple[int, ...]:
 
 
 def _write_array(folder: Path, variable: xr.Variable, chunks: tuple[int, ...]) -> None:
-    """Write all chunks of an array, which is divided into chunks along its first two dimensions only."""
+    """Write an array into a folder: one file per chunk.
+
+    ``chunks`` is the shape of a chunk. The array is divided along its first two dimensions only.
+    """
     folder.mkdir(parents=True)
     counts = [-(-side // chunk) for side, chunk in zip(variable.shape, chunks, strict=True)]
     for place in np.ndindex(*counts):

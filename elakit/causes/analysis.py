@@ -30,7 +30,7 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     Returns
     -------
     Findings
-        Failures with their frequency, and causes with their confidence; ``print`` shows them as text. The kinds of
+        Failures with their frequency, and causes with their confidence; ``print`` shows both as text. The kinds of
         failures are listed in `elakit.causes.FAILURE_KINDS`, the kinds of causes in `elakit.causes.CAUSE_KINDS`.
 
     Raises
@@ -38,22 +38,25 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     SettingError
         There is no run, the runs have different prompts, or two runs have the same seed.
     RecordingError
-        A run was not recorded, or was recorded without the tokens of its entities and their attributes.
+        A run was not recorded, or the tokens of an entity or attribute were not recorded.
     ModelError
         The pipeline's family is not supported.
 
     Notes
     -----
-    Failures are those that the judge finds. If one or more runs have no verdict, the failures of all runs are inferred
-    from the attention instead, and `Findings.judged` is False.
+    The judge finds the failures in the images. If one or more runs have no verdict of a judge, the failures of all runs
+    are inferred from the attention instead, and `Findings.judged` is False.
 
-    If a run fails, causes are searched for in the states of the text encoder, and in the attention of the runs that
-    fail: in the decoder, or in all layers of a transformer. A cause is reported if its indicator lies clearly outside
-    the values that are usual in right images (calibrated on picture-world) and if it explains one of the failures. The
-    cause "ambiguous word" is reported even if no run fails. In runs of a built-in model, this cause is a noun outside
-    the model's vocabulary. In runs of any other model, this cause is a noun that the tokenizer splits. The confidence
-    in a cause is reduced if another cause may have led to this cause, if only some of the failing runs show the cause,
-    and if right images of the same prompt show the cause, too.
+    If a run fails, causes are searched for in the text states and in the attention of the runs that fail. In a U-Net,
+    the decoder is read; in a transformer, all layers are read. A cause is reported if it explains one of the failures.
+    In addition, the number that indicates the cause must be clearly outside the range of right images (calibrated on
+    picture-world).
+
+    The cause "ambiguous word" is reported even if no run fails. If all runs come from a built-in model, an ambiguous
+    word is a noun outside the model's vocabulary. Otherwise, an ambiguous word is a noun that the tokenizer splits.
+
+    The confidence in a cause is reduced in three cases: another cause may have led to this cause; only some of the
+    failing runs show the cause; or right images of the same prompt show the cause, too.
 
     Examples
     --------
@@ -102,7 +105,7 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
 
 
 def _is_reported(cause: Cause) -> bool:
-    """True if a cause explains a failure, or states that a word is unknown to the model."""
+    """True if a cause explains a failure, or has the kind "ambiguous word"."""
     return bool(cause.explains) or cause.kind == "ambiguous word"
 
 
@@ -180,7 +183,8 @@ def _shown(reading: RunIndicators, what: Observation) -> Indicator | None:
 def _with_onset(readings: Sequence[RunIndicators], cause: Cause) -> Cause:
     """Copy of a cause with the step and the layers in which the cause is first visible in the attention.
 
-    A cause in the text encoder is returned unchanged, and so is a cause that no run in `readings` shows.
+    A cause that was found in the text encoder is returned unchanged. A cause that none of the runs shows is also
+    returned unchanged. `readings` contains the indicators of each run.
     """
     key = cause.kind, cause.entity, cause.other, cause.token
     showing = [reading for reading in readings if reading.run.seed in cause.seeds and key in reading.indicators]

@@ -1,4 +1,4 @@
-"""Failures of one run: those that a judge finds in the image or, without a judge, those suspected from attention."""
+"""Failures of one run: found in the image by a judge or, without a judge, suspected from the attention."""
 
 from __future__ import annotations
 
@@ -36,7 +36,21 @@ SUSPECT = 0.5
 
 
 class Observation(NamedTuple):
-    """A failure in one image; its fields have the same meaning as those of `Failure`."""
+    """A failure in one image.
+
+    Attributes
+    ----------
+    kind : str
+        Kind of failure: "missing", "fused", "wrong attribute", "lost attribute" or "duplicated".
+    entity : str
+        Label of the affected entity.
+    other : str
+        Label of a second entity. If two entities are fused, `entity` and `other` are these two. If `entity` has an
+        attribute of another entity, `other` is that entity. In all other cases "".
+    token : str
+        Label of the attribute that `entity` has wrongly or has lost, or of a token that takes the attention in the
+        region of `entity`; "" if there is none.
+    """
 
     kind: FailureKind
     entity: str
@@ -81,7 +95,11 @@ def seen(verdict: Verdict, prompt: Prompt) -> set[Observation]:
 
 
 def suspected(indicators: Iterable[Indicator]) -> set[Observation]:
-    """Failures suspected in an image that was not judged, from indicators with a strength of `SUSPECT` or more."""
+    """Failures suspected from the attention, for an image that was not judged.
+
+    An indicator is a number that supports a cause of failure. A failure is suspected if one of its indicators has a
+    strength of `SUSPECT` or more.
+    """
     found: set[Observation] = set()
     for indicator in indicators:
         if indicator.strength >= SUSPECT:
@@ -99,9 +117,10 @@ def suspected(indicators: Iterable[Indicator]) -> set[Observation]:
 
 
 def _color(verdict: Verdict, prompt: Prompt, entity: Entity) -> Observation:
-    """Failure of an entity with a wrong color.
+    """Failure of an entity that has a wrong color in the image, according to the judge.
 
-    It is "wrong attribute" if the prompt gives this color to another entity, otherwise "lost attribute".
+    The kind of failure is "wrong attribute" if the prompt gives the wrong color to another entity. Otherwise, the kind
+    is "lost attribute".
     """
     seen = verdict.colors[entity.label]
     for other in prompt.entities:
@@ -112,7 +131,10 @@ def _color(verdict: Verdict, prompt: Prompt, entity: Entity) -> Observation:
 
 
 def _attribute(prompt: Prompt, entity: Entity, said: str) -> str:
-    """Label of the entity's attribute that is the word `said`; `said` itself if the entity has no such attribute."""
+    """Label of an attribute of the entity, given the attribute's word `said`; the label of "red" may be "red#2".
+
+    If the entity has no attribute with this word, `said` is returned.
+    """
     words = dict.fromkeys(token.word for token in prompt.tokens if token.index in entity.attribute_indices)
     labels = [prompt.word_labels[word] for word in words]
     return next((label for label in labels if word_of(label) == said), said)

@@ -44,30 +44,32 @@ class Failure:
     Attributes
     ----------
     kind : str
-        One of `FAILURE_KINDS`: "missing", the entity is not in the image; "fused", it is fused with another entity;
-        "wrong attribute", it has an attribute of another entity; "lost attribute", it has neither its own attribute nor
-        that of another entity; "duplicated", it appears more often than the prompt asks.
+        One of `FAILURE_KINDS`. "missing": the entity is not in the image. "fused": the entity and another entity are
+        one object. "wrong attribute": the entity has an attribute of another entity. "lost attribute": the entity has
+        neither its own attribute nor an attribute of another entity. "duplicated": the entity appears more often than
+        the prompt asks.
     entity : str
         Label of the affected entity.
     other : str
-        Label of the other entity: the one fused with `entity`, or the one whose attribute `entity` has; "" if there is
-        none.
+        Label of a second entity. For "fused", the entity that is fused with `entity`. For "wrong attribute", the entity
+        whose attribute `entity` has. In all other cases "".
     token : str
-        Label of a token: the attribute that the entity has wrongly or has lost; for other kinds the token that receives
-        the attention in the entity's region. "" if there is none.
+        Label of a token. For "wrong attribute", the attribute that the entity has wrongly. For "lost attribute", the
+        attribute that the entity has lost. For other kinds, the token that receives the attention in the entity's
+        region, or "" if there is none.
     seeds : tuple of int
         Seeds of the runs with this failure.
     of : int
-        Number of all runs.
+        Number of all runs, with and without this failure.
     step : int or None
-        Denoiser call from which the failure is visible in the attention, counted from 0 (median over the runs with the
-        failure); None if it is not visible.
+        Denoiser call from which the failure is visible in the attention, counted from 0: the median over the runs with
+        the failure. None if the failure is not visible in the attention.
     layers : tuple of str
         Up to three layers in which the failure is visible earliest, the earliest first.
     heads : tuple of (str, int)
         Up to three heads (layer, head index) in which the failure is visible earliest; empty if heads were averaged.
     judged : bool
-        True if a judge found the failure in the images; False if it is suspected from the attention.
+        True if a judge found the failure in the images, False if the failure is suspected from the attention.
 
     Examples
     --------
@@ -98,7 +100,7 @@ class Failure:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% Wilson interval of `rate`."""
+        """95% confidence interval of `rate`, (lower bound, upper bound), by Wilson's method."""
         return wilson(self.count, self.of)
 
     @property
@@ -145,26 +147,27 @@ class Cause:
     kind : str
         One of `CAUSE_KINDS`; ``docs/causes.md`` describes each.
     entity : str
-        Label of the affected entity; for a misplaced attribute, of the entity that the attribute describes.
+        Label of the affected entity. If an attribute is misplaced, the entity that the attribute describes.
     other : str
-        Label of the other entity: the one whose noun or attribute interferes, or the one that receives a misplaced
-        attribute; "" if there is none.
+        Label of a second entity, whose noun or attribute interferes. If an attribute is misplaced, the entity that
+        receives the attribute. "" if no second entity is involved.
     token : str
-        Label of the token concerned: the attribute that leaked or is misplaced, the token that takes the attention, or
-        the noun itself.
+        Label of a token: the attribute that leaked or is misplaced, the token that takes the attention, or the noun of
+        `entity`.
     strength : float
-        Strength of the indicator that supports the cause, from 0 (usual in right images) to 1 (the strongest case); for
-        a cause in the attention, the mean over the runs in `seeds`.
+        Strength of the number that supports the cause, from 0 (usual in right images) to 1 (the strongest case). For a
+        cause in the attention, the mean strength over the runs in `seeds`.
     confidence : float
         Confidence that the cause is right, 0 to 1; ``docs/causes.md`` reports how often causes of a given confidence
         were right.
     step : int or None
-        Denoiser call from which the cause is visible in the attention, counted from 0 (median over the runs that show
-        it); None for a cause in the text encoder, or if the cause does not stay visible (see `Indicator.since`).
+        Denoiser call from which the cause is visible in the attention, counted from 0: the median over the runs that
+        show the cause. None for a cause in the text encoder. None also for a cause that does not stay visible until the
+        last step (see `Indicator.since`).
     layers : tuple of str
         Up to three layers in which the cause is visible earliest, the earliest first.
     seeds : tuple of int
-        Seeds of the failing runs that show the cause; for a cause in the text encoder, seeds of all runs.
+        Seeds of the failing runs that show the cause. For a cause in the text encoder, the seeds of all runs.
     explains : tuple of str
         Kinds of the failures that the cause explains.
     evidence : dict of str to float
@@ -187,12 +190,16 @@ class Cause:
     sentence: str = ""
 
     def accounts_for(self, failure: Failure) -> bool:
-        """True if the cause affects the entity that fails; whether its kind can explain the failure is not checked.
+        """True if the cause concerns the entity that fails, whether or not such a cause can lead to such a failure.
 
-        A cause that affects both entities alike (similar text states, regions that swap, attention at the same
-        locations) matches a failure that involves either of them. A misplaced attribute matches a wrong attribute of
-        the entity that receives it. In all other cases, the `entity` of the cause must be the one that fails, or one of
-        the two that are fused.
+        Some causes affect two entities alike: similar text states, regions that swap, and attention at the same
+        locations. Such a cause accounts for a failure if one of the two entities is the `entity` or the `other` of the
+        failure.
+
+        A misplaced attribute accounts for the failure "wrong attribute" of the entity that receives the attribute.
+
+        In all other cases, the `entity` of the cause must be the `entity` of the failure. If the failure is that two
+        entities are fused, the `entity` of the cause may be either of these two.
         """
         if self.kind in MUTUAL_KINDS or (self.kind == "captured" and self.evidence.get("held", 0.0) <= CAPTURED):
             return bool({self.entity, self.other} & {failure.entity, failure.other} - {""})
@@ -217,19 +224,20 @@ class Cause:
 
 @dataclass(frozen=True)
 class Findings:
-    """Failures of a prompt and their causes, as `find` returns them; ``print`` shows them as text.
+    """Result of `find`: the failures of a prompt and their causes. ``print`` shows the result as text.
 
     Attributes
     ----------
     prompt : Prompt
+        Prompt of the runs.
     seeds : tuple of int
         Seeds of the runs.
     judged : bool
-        True if failures were found by a judge in the images; False if they are suspected from the attention.
+        True if a judge found the failures in the images, False if the failures are suspected from the attention.
     failures : tuple of Failure
-        Failures, the most frequent first; equally frequent ones in the order of `FAILURE_KINDS`.
+        Failures, the most frequent first; equally frequent failures are in the order of `FAILURE_KINDS`.
     causes : tuple of Cause
-        Causes, the most likely first; empty if none was found.
+        Causes, the most likely first; empty if no cause was found.
     """
 
     prompt: Prompt
@@ -249,7 +257,7 @@ class Findings:
 
     @property
     def unexplained(self) -> tuple[Failure, ...]:
-        """Failures that none of the `causes` explains."""
+        """Failures for which `causes` contains no explanation."""
         return tuple(
             failure
             for failure in self.failures
@@ -302,24 +310,34 @@ class Findings:
 
 
 def _quoted(token: str) -> str:
-    """Word in quotation marks, or the name of a special token without them."""
+    """Token as it is written in sentences: a word in quotation marks, a special token by its name alone.
+
+    `token` is the label of the token in a recording. For example, "<start>" becomes start-of-text.
+    """
     title = token_title(token)
     return f'"{token}"' if title == token else title
 
 
 def _kind(token: str) -> str:
-    """The word "color" for the label of a color, and "attribute" for other labels."""
+    """Return "color" if `token` is the label of a color, such as "red#2"; return "attribute" for any other label."""
     return "color" if word_of(token) in COLORS else "attribute"
 
 
 def with_current_kinds(findings: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy of a result of `Findings.to_dict`, in which old names of kinds of failures are replaced by current names.
+    """Update the result of `Findings.to_dict`: failures get the kinds that this version of elakit uses.
+
+    Earlier versions used the kind "spill" for the failure that is now called "duplicated".
 
     Parameters
     ----------
     findings : mapping
-        Result of `Findings.to_dict` from this or an earlier version of elakit. Earlier versions used the name "spill"
-        for the kind "duplicated".
+        Result of `Findings.to_dict` from this or an earlier version of elakit. This mapping is not changed.
+
+    Returns
+    -------
+    dict
+        Copy of `findings`. "duplicated" replaces "spill" as the kind of failures, and in the lists of failures that
+        causes explain.
 
     Examples
     --------

@@ -1,8 +1,8 @@
 """Indicators of causes: the numbers that support a cause, and their strength.
 
-A `Scale` maps a number to a strength, from the usual value in right images to the worst value. The two values were
-calibrated on picture-world, with prompts and seeds that no test uses (``python -m benchmarks.causes --split
-calibrate``).
+A `Scale` maps a number to a strength. The usual value in right images has the strength 0, and the worst value has
+the strength 1. Usual and worst values were calibrated on picture-world, with prompts and seeds that no test uses
+(``python -m benchmarks.causes --split calibrate``).
 """
 
 from __future__ import annotations
@@ -31,17 +31,22 @@ READ = 0.15
 
 @dataclass(frozen=True)
 class Scale:
-    """Linear scale of strength: 0 at the usual value, 1 at the worst value.
+    """Linear scale that maps a number to the strength with which the number supports a cause.
+
+    The strength is 0 at the usual value and 1 at the worst value. To get the strength of a number, call the scale with
+    this number.
 
     Attributes
     ----------
     usual : float
-        Usual value in right images.
+        Usual value in right images; its strength is 0.
     worst : float
-        Value of the strongest case; it may be smaller than `usual`.
+        Value in the worst cases; its strength is 1. `worst` may be smaller than `usual`.
 
     Examples
     --------
+    The second number lies beyond `usual`. In the third scale, smaller numbers are worse:
+
     >>> Scale(0.2, 0.6)(0.3), Scale(0.2, 0.6)(0.1), Scale(0.05, 0.01)(0.02)
     (0.25, 0.0, 0.75)
     """
@@ -50,7 +55,7 @@ class Scale:
     worst: float
 
     def __call__(self, value: float) -> float:
-        """Strength of a value, 0 to 1; values beyond the ends of the scale have a strength of 0 or 1."""
+        """Strength of a value: 0 at `usual` and beyond it, 1 at `worst` and beyond it, linear in between."""
         return round(min(max((value - self.usual) / (self.worst - self.usual), 0.0), 1.0), 6)
 
 
@@ -73,19 +78,27 @@ SCALES = {
 
 @dataclass(frozen=True, eq=False)
 class Indicator:
-    """One number that supports one cause, from the attention of one run or from the text encoder.
+    """One number that supports one possible cause of a failure.
+
+    The number is computed from the attention of one run, or from the text encoder's output.
 
     Attributes
     ----------
-    kind, entity, other, token : str
-        The same as in `Cause`.
+    kind : str
+        Kind of the cause, such as "captured"; one of `CAUSE_KINDS`.
+    entity : str
+        Label of the affected entity; for a misplaced attribute, of the entity that the attribute describes.
+    other : str
+        Label of the other entity involved; "" if there is none.
+    token : str
+        Label of the token concerned: a noun, an attribute, or "<start>" for start-of-text.
     measure : str
         Name of the number; a key of `SCALES`.
     value : float
-        Mean of `series` without the first 8% of the steps (`FIRST`); for a swap, the maximum of `series`; for an
-        indicator from the text encoder, the number itself.
+        The number. If it comes from attention, it is the mean of `series` without the first 8% of the steps
+        (`FIRST`). For the measure "swap", it is the maximum of `series`.
     series : ndarray, (step,)
-        The number at each step; empty for a number from the text encoder.
+        The number at each step; empty if the number comes from the text encoder.
     evidence : dict of str to float
         Further numbers on the same cause, by name; ``docs/causes.md`` explains the names.
     """
@@ -101,20 +114,20 @@ class Indicator:
 
     @property
     def key(self) -> Key:
-        """Kind, entity, other and token of the cause that the indicator supports."""
+        """Tuple that identifies the cause: the fields `kind`, `entity`, `other` and `token`."""
         return self.kind, self.entity, self.other, self.token
 
     @property
     def strength(self) -> float:
-        """Strength of the indicator, 0 to 1, by the scale of its measure in `SCALES`."""
+        """Strength of the indicator, 0 to 1: the scale of `measure` in `SCALES`, applied to `value`."""
         return SCALES[self.measure](self.value)
 
     def since(self) -> int | None:
-        """Position in `series` from which the indicator is visible; None if it never is.
+        """Position in `series` from which the indicator is visible; None if the indicator is never visible.
 
-        The indicator is visible from the first step that meets two conditions: the strength is above 0 at this step,
-        and at 80% or more of the steps from this step to the last one. A swap (measure "swap") is visible from the
-        first step with a strength above 0.
+        The position is that of the first step that meets two conditions. The strength at this step is above 0. From
+        this step to the last step, the strength is above 0 at 80% or more of the steps. The measure "swap" need not
+        meet the second condition.
         """
         visible = np.array([SCALES[self.measure](value) > 0 for value in self.series], bool)
         if self.measure == "swap":
@@ -126,7 +139,10 @@ class Indicator:
 
 
 def of_text(states: States) -> Iterator[Indicator]:
-    """All indicators of causes in the text states of a prompt's nouns, including indicators with a strength of 0."""
+    """Indicators of causes, computed from the text states of a prompt's nouns.
+
+    Indicators with a strength of 0 are included.
+    """
     names = states.entities
     for i, entity in enumerate(names):
         yield Indicator(
@@ -161,20 +177,22 @@ def of_maps(
     covered: np.ndarray | None = None,
     kinds: Collection[CauseKind] = CAUSE_KINDS,
 ) -> Iterator[Indicator]:
-    """Indicators of causes in the attention of a run, a layer or a head, including indicators with a strength of 0.
+    """Indicators of causes, computed from the attention of a run, a layer or a head.
+
+    Indicators with a strength of 0 are included.
 
     Parameters
     ----------
     maps : Maps
-        Maps of the run, the layer or the head.
+        Attention maps of the run, the layer or the head.
     entities, attributes : sequence of str
-        Labels of the entities and attributes, in the order of `maps`.
+        Labels of the entities and of the attributes, in the order of the maps.
     covered : ndarray, (entity, y, x), optional
-        For each entity, the share of each location's area that it covers in the finished image; None if the image was
-        not judged.
+        Share of a location's area that an entity covers in the finished image, for each entity and location. None if
+        the image was not judged.
     kinds : collection of str
-        Kinds of causes that are needed. Indicators of the kinds "region split", "regions swap" and "attribute
-        misplaced", which are slow to compute, are left out unless requested; those of all other kinds are included.
+        Kinds of causes that are needed. The kinds "region split", "regions swap" and "attribute misplaced" are slow to
+        compute, and each of these three is computed only if `kinds` contains it. All other kinds are always computed.
     """
     late = slice(min(int(np.ceil(FIRST * len(maps.steps))), len(maps.steps) - 1), None)
 
@@ -303,7 +321,7 @@ def _of_attributes(
 
 
 def strongest(indicators: Iterable[Indicator]) -> dict[Key, Indicator]:
-    """The strongest indicator of each cause, by `Indicator.key`."""
+    """Dictionary with the strongest indicator of each cause; the keys are `Indicator.key`."""
     found: dict[Key, Indicator] = {}
     for indicator in indicators:
         if indicator.key not in found or indicator.strength > found[indicator.key].strength:

@@ -25,33 +25,47 @@ def profile(run: Run) -> pd.DataFrame:
     Parameters
     ----------
     run : Run
-        A recorded run. The measures are those of the mean over the heads, or of each head that was recorded with
-        ``RecordSpec(heads="all")``.
+        A recorded run. If the run was recorded with ``RecordSpec(heads="all")``, each head is measured. By default, the
+        mean over the heads is measured.
 
     Returns
     -------
     pandas.DataFrame
-        Columns layer, place (the part of the network, such as "up"), order (in the forward pass), head ("mean", or a
-        number), step (counted from 0), measure (one of `MEASURES`), entity, other, value. Entity and other are as in
-        `elakit.Bleeding.to_frame`.
+        One row per layer, head, step and value of a measure, with these columns:
+
+        - layer: name of the layer.
+        - place: part of the network, such as "up".
+        - order: position of the layer in the forward pass, counted from 0.
+        - head: index of the head, or "mean".
+        - step: denoiser call, counted from 0.
+        - measure: name of the measure, one of `MEASURES`.
+        - entity: label of the entity or attribute that is measured.
+        - other: for "ruzicka", label of the second entity; for measures of attributes, label of the attribute's own
+          entity; otherwise "".
+        - value: value of the measure.
 
     Raises
     ------
     RecordingError
-        The run was not recorded, or was recorded without the tokens of its entities and their attributes.
+        The run was not recorded, or the tokens of its entities and attributes were not recorded.
 
     Notes
     -----
-    Every layer is compared with the same regions, ``run.regions``, and its maps are resized to them. The measures show
-    where a layer attends, not which regions would be localized in it.
+    The maps of every layer are resized to ``run.regions`` and compared with these regions. The measures show where a
+    layer attends. They do not show which regions would be localized in the layer itself.
 
     Examples
     --------
+    Seven layers of picture-world are recorded. The prompt has no attributes, so no measure of attributes appears:
+
     >>> import elakit
     >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=2, progress=False)
     >>> table = profile(run)
     >>> table["layer"].nunique(), table["measure"].unique().tolist()
     (7, ['bleed', 'intrusion', 'spill', 'ruzicka'])
+
+    Bleed is a share, so its mean in each part of the network is between 0 and 1:
+
     >>> table.query("measure == 'bleed'").groupby("place")["value"].mean().between(0, 1).all()
     np.True_
     """

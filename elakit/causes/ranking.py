@@ -26,10 +26,10 @@ MUTUAL: tuple[CauseKind, ...] = ("text states alike", "captured", "regions swap"
 
 
 def confidence_of(strength: float) -> float:
-    """Confidence in a cause, .5 to .95, from the strength of its indicator, 0 to 1.
+    """Confidence in a cause, 0.5 to 0.95, computed from the strength (0 to 1) of the indicator that supports the cause.
 
-    `in_attention` and `ranked` reduce it further. ``python -m benchmarks.causes report`` prints how often causes of a
-    given confidence are right.
+    `in_attention` and `ranked` may lower this confidence. ``python -m benchmarks.causes report`` prints how often the
+    reported cause is correct, by confidence.
     """
     return 0.5 + 0.45 * strength
 
@@ -50,7 +50,11 @@ def unknown_words(runs: Sequence[Run], states: States) -> list[Cause]:
 
 
 def before_the_image(runs: Sequence[Run], states: States) -> list[Cause]:
-    """Causes in the states of the text encoder whose indicators have a strength of `LEAST` or more."""
+    """Causes that arise in the text encoder, before an image is generated.
+
+    A cause is included if its indicator, computed from `states`, has a strength of `LEAST` or more. The seeds of `runs`
+    become the seeds of each cause.
+    """
     indicators = strongest(of_text(states)).values()
     return [
         _cause(indicator.key, indicator.strength, runs, {indicator.measure: indicator.value, **indicator.evidence})
@@ -60,15 +64,18 @@ def before_the_image(runs: Sequence[Run], states: States) -> list[Cause]:
 
 
 def in_attention(failing: Sequence[RunIndicators], right: Sequence[RunIndicators]) -> list[Cause]:
-    """Causes in the attention of the runs that fail.
+    """Causes that the attention of failing runs shows.
 
-    A run shows a cause if the indicator has a strength of `LEAST` or more. The confidence in a cause is lower if only
-    some of the failing runs show it, and if its indicator is also strong in the right runs.
+    A run shows a cause if the run's indicator of this cause has a strength of `LEAST` or more. The confidence in a
+    cause is lower if only some of the failing runs show the cause. The confidence is also lower if the indicator of
+    this cause is strong in the right runs, too.
 
     Parameters
     ----------
-    failing, right : sequence of RunIndicators
-        Indicators of the runs that fail, and of those that do not.
+    failing : sequence of RunIndicators
+        Indicators of the runs that fail, one item per run.
+    right : sequence of RunIndicators
+        Indicators of the runs that do not fail, one item per run.
     """
     found = []
     for key in dict.fromkeys(key for reading in failing for key in reading.indicators):
@@ -91,11 +98,14 @@ def in_attention(failing: Sequence[RunIndicators], right: Sequence[RunIndicators
 
 
 def without_duplicates(causes: Iterable[Cause], failures: Sequence[Failure]) -> list[Cause]:
-    """Causes without duplicates: of causes that differ only in which of two entities is affected, one is kept.
+    """Causes without duplicates; of several duplicate causes, the strongest is kept.
 
-    The strongest one is kept. If they are equally strong (rounded to one decimal), the one whose `entity` is missing or
-    fused in more images is kept; if these numbers are equal, too, the one whose `entity` has the lower maximum of
-    attention ("presence" in `Cause.evidence`). Only causes of the kinds in `MUTUAL` can be duplicates.
+    Two causes are duplicates if they have the same kind and concern the same two entities in either order. Only causes
+    of the kinds in `MUTUAL` can be duplicates.
+
+    Strengths are rounded to one decimal. If the strengths are equal, the cause is kept whose `entity` is missing or
+    fused in more images. If these numbers are equal, too, the cause is kept whose `entity` has the lower maximum of
+    attention ("presence" in `Cause.evidence`).
 
     Parameters
     ----------
@@ -142,7 +152,10 @@ def ranked(causes: Sequence[Cause]) -> list[Cause]:
 
 
 def explained(cause: Cause, failures: Sequence[Failure]) -> Cause:
-    """Copy of a cause with `Cause.explains` set: the kinds of the failures that it explains."""
+    """Copy of a cause, in which `Cause.explains` lists the kinds of failures that the cause explains.
+
+    Only kinds that occur in `failures` are listed.
+    """
     fitting = (f.kind for f in failures if f.kind in EXPLAINS[cause.kind] and cause.accounts_for(f))
     return replace(cause, explains=tuple(dict.fromkeys(fitting)))
 

@@ -19,7 +19,9 @@ MOST = 3
 
 
 class RunIndicators:
-    """Indicators of the causes of failures in the attention of a run; they are computed when they are first read.
+    """Indicators of causes of failures, computed from the attention of one run.
+
+    The indicators are computed when they are first read.
 
     Parameters
     ----------
@@ -29,8 +31,8 @@ class RunIndicators:
     Raises
     ------
     RecordingError
-        Raised by the constructor if the run was not recorded, or was recorded without the tokens of its entities;
-        raised when indicators are first read if the tokens of attributes were not recorded.
+        The constructor raises this error if the run was not recorded, or was recorded without the tokens of its
+        entities. Reading indicators raises this error if the tokens of attributes were not recorded.
     """
 
     def __init__(self, run: Run) -> None:
@@ -49,11 +51,14 @@ class RunIndicators:
 
     @cached_property
     def indicators(self) -> dict[Key, Indicator]:
-        """The strongest indicator of each cause in the decoder, or in all layers of a transformer."""
+        """The strongest indicator of each cause; the keys are `Indicator.key`.
+
+        The indicators are computed from the attention in the decoder, or in all layers of a transformer.
+        """
         return self._indicators(read(self.recording, self.recording.decoder))
 
     def part(self, layer: str, head: int | None, kind: CauseKind) -> dict[Key, Indicator]:
-        """The strongest indicator of each cause in one layer, or in one head of a layer.
+        """The strongest indicator of each cause, computed from the attention of one layer or of one head.
 
         Parameters
         ----------
@@ -62,13 +67,14 @@ class RunIndicators:
         head : int or None
             Index of the head; None for the mean over the heads.
         kind : str
-            Kind of cause that is needed. Other kinds are included, too, except "region split", "regions swap" and
-            "attribute misplaced", which are slow to compute.
+            Kind of cause that is needed. The kinds "region split", "regions swap" and "attribute misplaced" are slow
+            to compute, and each of these three is included only if it equals `kind`. All other kinds are always
+            included.
 
         Returns
         -------
         dict of Key to Indicator
-            Indicators by `Indicator.key`.
+            Strongest indicator of each cause; the keys are `Indicator.key`.
         """
         if (layer, head, kind) not in self._parts:
             recording = self.recording if head is None else self.recording.sel(layer=layer, head=head)
@@ -89,10 +95,13 @@ class RunIndicators:
 class Onset(NamedTuple):
     """Step, layers and heads in which an indicator is first visible.
 
+    `Indicator.since` defines from which step an indicator is visible.
+
     Attributes
     ----------
     step : int or None
-        Denoiser call from which the indicator is visible, counted from 0 (median over runs); None if it never is.
+        Denoiser call from which the indicator is visible, counted from 0: the median over the runs. None if the
+        indicator is never visible.
     layers : tuple of str
         Up to three layers in which the indicator is visible earliest, the earliest first.
     heads : tuple of (str, int)
@@ -112,13 +121,15 @@ def onset(readings: Sequence[RunIndicators], key: Key) -> Onset:
     readings : sequence of RunIndicators
         Indicators of the runs that show the cause.
     key : Key
-        Kind of the cause, and the labels of the affected entity, of the other entity and of the token.
+        Tuple that identifies the cause: its kind, and the labels of the affected entity, of the other entity and of
+        the token.
 
     Returns
     -------
     Onset
-        The step is the median over the runs in which the cause stays visible (see `Indicator.since`), and None if
-        there is no such run. Layers and heads are ordered by their medians, the earliest first.
+        The step is the median, over the runs, of the denoiser call from which the cause is visible
+        (`Indicator.since`). Runs in which the cause is never visible are left out. If no run is left, the step is None.
+        The layers and heads are those in which the cause is visible earliest, by the median over the runs.
     """
     since = [
         step
@@ -136,7 +147,7 @@ def onset(readings: Sequence[RunIndicators], key: Key) -> Onset:
 
 
 def _since(reading: RunIndicators, indicator: Indicator) -> int | None:
-    """Denoiser call from which an indicator is visible; None if it never is."""
+    """Denoiser call from which an indicator is visible, counted from 0; None if the indicator is never visible."""
     position = indicator.since()
     return None if position is None else reading.recording.steps[position]
 
@@ -144,7 +155,8 @@ def _since(reading: RunIndicators, indicator: Indicator) -> int | None:
 def _visible(indicator: Indicator | None) -> tuple[float, float]:
     """Position of the step from which an indicator is visible, and the strength of the indicator.
 
-    The position is infinite if the indicator is None or never visible; the strength of None is 0.
+    The position is infinite if the indicator is never visible. If `indicator` is None, the position is infinite and
+    the strength is 0.
     """
     position = None if indicator is None else indicator.since()
     return float("inf") if position is None else float(position), 0.0 if indicator is None else indicator.strength
@@ -154,13 +166,13 @@ def _clearest(found: Mapping[Any, Sequence[tuple[float, float]]]) -> tuple[Any, 
     """Up to `MOST` layers or heads in which an indicator is visible earliest, the earliest first.
 
     A layer or head is left out if the mean strength over the runs is less than `LEAST`. It is also left out if at least
-    half of the runs never show the indicator. The others are ordered by the median position of the first visible step;
-    if the medians are equal, the larger mean strength comes first.
+    half of the runs never show the indicator. The remaining layers or heads are ordered by the median position of the
+    first visible step. If the medians are equal, the larger mean strength comes first.
 
     Parameters
     ----------
     found : mapping
-        For each layer or head, the results of `_visible`, one per run.
+        For each layer or head, a sequence with one result of `_visible` per run: position and strength.
     """
     ranks = {key: (median(since for since, _ in each), -mean(s for _, s in each)) for key, each in found.items()}
     seen = (key for key, (since, minus) in ranks.items() if isfinite(since) and minus <= -LEAST)

@@ -8,7 +8,7 @@ from elakit.tokens import word_of
 
 
 def sentence(cause: Cause) -> str:
-    """One sentence that describes a cause, with the number that supports it.
+    """One sentence that describes a cause; for some kinds of causes, it states the supporting number.
 
     Parameters
     ----------
@@ -16,6 +16,8 @@ def sentence(cause: Cause) -> str:
 
     Examples
     --------
+    In the region of the bird, "car" receives 93% of the attention to the two nouns ("held"):
+
     >>> sentence(Cause("captured", "bird", "car", "car", evidence={"held": 0.93}))
     'In the region of the bird, attention goes to "car" (93% of the attention to the two nouns).'
     """
@@ -65,7 +67,12 @@ def sentence(cause: Cause) -> str:
 
 
 def _captured(cause: Cause) -> str:
-    """Sentence on attention that goes to another noun, or on two nouns with attention at the same locations."""
+    """Sentence for a cause of the kind "captured".
+
+    The number "held" in `Cause.evidence` is the share of attention that another noun receives in the entity's region.
+    If "held" exceeds `CAPTURED`, the sentence states this share. Otherwise, the sentence states that the two nouns
+    receive attention at the same locations.
+    """
     entity, n = cause.entity, cause.evidence
     if n.get("held", 0) > CAPTURED:
         return (

@@ -1,8 +1,7 @@
 """Causes in the text encoder: similarity of the nouns' states, and attributes that leak into the state of a noun.
 
-In a causal text encoder such as CLIP's, every token attends to those before it, so "red" in "a red car and a bird" may
-persist in the state of "bird". Leakage is measured by a counterfactual: the prompt is encoded again without the
-suspected word.
+In a causal text encoder such as CLIP's, every token attends to the tokens before it. In "a red car and a bird", the
+state of "bird" may therefore contain "red". This leakage is measured by encoding the prompt again without "red".
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ class Leak:
     token : str
         Label of the attribute.
     share : float
-        How far the attribute moves the noun's state toward the state that the noun has if the attribute describes it:
-        0 for no effect, 1 for the whole way. `text_states` has the formula.
+        Effect of the attribute on the noun's state. 0: no effect. 1: the same effect as if the attribute described this
+        noun. `text_states` has the formula.
     change : float
-        Norm of the change of the noun's state if the attribute is removed from the prompt, divided by the norm of the
-        state.
+        Norm of the change of the noun's state when the attribute is removed from the prompt, divided by the norm of
+        the noun's state.
     """
 
     entity: str
@@ -51,7 +50,7 @@ class Leak:
 
 @dataclass(frozen=True)
 class States:
-    """States of the nouns of a prompt in the text encoder.
+    """Properties of the text states of a prompt's nouns: norms, similarity, leakage and numbers of tokens.
 
     Attributes
     ----------
@@ -60,13 +59,12 @@ class States:
     length : tuple of float
         Norm of each noun's state, divided by the median norm of the states of all tokens of the prompt's words.
     alike : ndarray, (entity, entity)
-        Cosine similarity of the nouns' states: 1 for equal states, about 0 for unrelated ones. The mean state of all
+        Cosine similarity of the nouns' states: 1 for equal states, about 0 for unrelated states. The mean state of all
         tokens of the prompt's words is subtracted first.
     leaks : tuple of Leak
         Leakage of each attribute into the noun of each other entity.
     pieces : tuple of int
-        Number of tokens of each noun; if the pipeline has several tokenizers, the smallest number that one of them
-        gives.
+        Number of tokens of each noun; if the pipeline has several tokenizers, the minimum over the tokenizers.
     """
 
     entities: tuple[str, ...]
@@ -77,7 +75,7 @@ class States:
 
 
 def text_states(pipe: Pipeline, prompt: Prompt) -> States:
-    """Analyze the text states of a prompt's nouns: their norms, their similarity, and attributes that leak into them.
+    """Analyze the text states of a prompt's nouns: norms, similarity, and leakage of other entities' attributes.
 
     Parameters
     ----------
@@ -96,13 +94,14 @@ def text_states(pipe: Pipeline, prompt: Prompt) -> States:
 
     Notes
     -----
-    With s(v | text) the state of noun v (the mean over its tokens), the share of attribute w that leaked into it is
-    ``<s(v | prompt) - s(v | prompt without w), d> / <d, d>``, where ``d = s(v | "a w v") - s(v | "a u v")`` and u are
-    the noun's own attributes, if it has any.
+    `Leak.share` measures how much of attribute w leaked into noun v. Let s(v | text) be the state of v in a text: the
+    mean over the tokens of v. Let u be the attributes that describe v, if there are any. The share is
+    ``<s(v | prompt) - s(v | prompt without w), d> / <d, d>`` with ``d = s(v | "a w v") - s(v | "a u v")``.
 
     Examples
     --------
-    In picture-world, the state of "bird" contains the earlier word "red". The state of "car" contains no later word:
+    In picture-world, an earlier "red" leaks into the state of "bird". A later "red" does not leak into the state of
+    "car":
 
     >>> import elakit
     >>> pipe = elakit.load("picture-world")
@@ -158,14 +157,14 @@ class _Encoder:
         self._states: dict[str, np.ndarray] = {}
 
     def states(self, text: str) -> np.ndarray:
-        """States of a text, (position, channel)."""
+        """Output of the text encoder for a text: (position in the token sequence, channel)."""
         if text not in self._states:
             encoded = self.adapter.encode(text, guided=False).inputs["encoder_hidden_states"]
             self._states[text] = encoded[0].detach().cpu().double().numpy()
         return self._states[text]
 
     def noun(self, marked: str) -> np.ndarray:
-        """State of the noun in brackets, the mean over its tokens."""
+        """State of the noun that brackets mark in a text such as "a red [car]": the mean over the noun's tokens."""
         prompt = parse(marked, self.pipe)
         return self.states(prompt.text)[list(prompt.entities[0].token_indices)].mean(0)
 
@@ -187,6 +186,6 @@ def _marked(prompt: Prompt, entity: Entity, without: int | None = None) -> str:
 def _pieces(prompt: Prompt, entity: Entity) -> int:
     """Number of tokens of an entity's noun.
 
-    If the pipeline has several tokenizers (Stable Diffusion 3), this is the smallest number that one of them gives.
+    If the pipeline has several tokenizers (Stable Diffusion 3), this is the minimum over the tokenizers.
     """
     return min(Counter(sequence_of(t.label) for t in prompt.tokens if t.index in entity.token_indices).values())

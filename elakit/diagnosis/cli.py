@@ -104,7 +104,7 @@ def diagnose(
 ) -> None:
     """Report how often images of a prompt fail, why, and which remedy fixes them.
 
-    Each seed is generated twice from the same noise: plain, and with --method.
+    Each seed gives a plain image and an image with --method, from the same noise.
     Plain means without a guidance method; --scale applies to both.
 
     Only images of picture-world are judged. For other models, the report

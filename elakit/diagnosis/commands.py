@@ -29,9 +29,9 @@ def code(diagnosis: DiagnosisData) -> str:
     Returns
     -------
     str
-        Lines of code that run as they are if `elakit.load` can load the model again (a built-in model, a hub id or an
-        existing folder) and the method is in `elakit.guidance.METHODS`. Otherwise ``...`` marks the place of your own
-        pipeline or method, with a comment that names it: replace ``...`` before you run the code.
+        Lines of code. If `elakit.load` cannot load the model again, ``...`` stands for your own pipeline. If the method
+        is not in `elakit.guidance.METHODS`, ``...`` stands for your own method. Replace each ``...`` before you run the
+        code; a comment names what to insert.
     """
     settings = diagnosis.pairs[0].plain.settings
     seeds = [pair.seed for pair in diagnosis.pairs]
@@ -65,9 +65,9 @@ def command(diagnosis: DiagnosisData) -> str:
     Returns
     -------
     str
-        Command line; "" if the options of ``elakit diagnose`` cannot express the diagnosis, because `elakit.load`
-        cannot load its model, its method is your own, one of the method's options has a value that cannot be written on
-        a command line, or a remedy is your own method or a method with changed options.
+        Command line, or "" in four cases: `elakit.load` cannot load the model; the method is not in
+        `elakit.guidance.METHODS`; an option of the method has a value that cannot be written on a command line; or a
+        remedy is a method of your own, or one with changed options.
     """
     settings = diagnosis.pairs[0].plain.settings
     seeds = [pair.seed for pair in diagnosis.pairs]
@@ -96,10 +96,10 @@ def reproduce(result: RemedyResult) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        The value of "code" is Python code that reproduces all images; ``...`` in it marks the place of your own
-        pipeline or method. The value of "command" is a command line that reproduces one image: the first that is right,
-        or the first if none is. Both values are "" if the remedy has no images. "command" is also "" if the options of
-        ``elakit run`` cannot express the remedy, or `elakit.load` cannot load the model.
+        The value of "code" is Python code that reproduces all images. In this code, ``...`` stands for your own
+        pipeline or method. The value of "command" is a command line that reproduces one image: the first right image,
+        or the first image if no image is right. If the remedy has no images, both values are "". The command is also ""
+        if `elakit.load` cannot load the model, or if ``elakit run`` has no options for the remedy.
     """
     if not result.runs:
         return {"code": "", "command": ""}
@@ -115,7 +115,7 @@ def changed(name: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _shown(result: RemedyResult) -> int:
-    """Index of the image that is reproduced: the first right one, else the first."""
+    """Index of the remedy's image to reproduce: the first right image, or 0 if no image is right."""
     right = [i for i, run in enumerate(result.runs) if result.judged and run.verdict and run.verdict.success]
     return right[0] if right else 0
 
@@ -175,7 +175,10 @@ def _are_boxes(regions: Any) -> bool:
 
 
 def _loads(settings: Mapping[str, Any]) -> bool:
-    """True if the model is one that `elakit.load` can load: a built-in model, a hub id or an existing folder."""
+    """True if `elakit.load` can load the model of a run: a built-in model, a hub id or an existing folder.
+
+    `settings` are the settings of the run.
+    """
     model = str(settings.get("model"))
     return model in EMBEDDED or bool(HUB_ID.fullmatch(model)) or Path(model).is_dir()
 
@@ -189,13 +192,16 @@ def _loading(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _generation(settings: Mapping[str, Any]) -> list[str]:
-    """Settings of generation as code: steps and scale, and others that differ from the defaults."""
+    """Arguments that reproduce the settings of a run, as lines of Python code such as ``steps=25,``.
+
+    The arguments are the number of steps, the guidance scale, and the arguments that `_generated` returns.
+    """
     lines = [f"    steps={settings.get('steps')},", f"    guidance_scale={settings.get('guidance_scale'):g},"]
     return [*lines, *(f"    {name}={value!r}," for name, value in _generated(settings).items())]
 
 
 def _loaded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `elakit.load` that differ from the defaults."""
+    """Arguments of `elakit.load` that differ from the defaults, by name."""
     own = {name: settings.get(name) for name in ("variant", "scheduler", "lora")}
     if own["scheduler"] == _own_scheduler(str(settings.get("model"))):
         own["scheduler"] = None
@@ -203,7 +209,10 @@ def _loaded(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _generated(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Negative prompt and size where they differ from the defaults of a built-in model."""
+    """Negative prompt, height and width of the image, by argument name.
+
+    Values of None are left out. For a built-in model, the default height and width are left out, too.
+    """
     model = EMBEDDED.get(str(settings.get("model")))
     usual = {} if model is None else {"height": model.size, "width": model.size}
     own = {name: settings.get(name) for name in ("negative_prompt", "height", "width")}
@@ -211,7 +220,10 @@ def _generated(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own_scheduler(model: str) -> str | None:
-    """Scheduler of a built-in model or a folder; None if it cannot be read without a download."""
+    """Class name of the scheduler that belongs to a model; None if the name cannot be read without a download.
+
+    The name can be read for a built-in model and for a folder.
+    """
     folder = EMBEDDED[model].path if model in EMBEDDED else Path(model)
     try:
         return str(read_json(folder / "model_index.json")["scheduler"][1])
@@ -220,7 +232,10 @@ def _own_scheduler(model: str) -> str | None:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
-    """Command-line options for the settings, without those that are defaults of a built-in model."""
+    """Command-line options that reproduce the settings of a run.
+
+    For a built-in model, settings that equal the model's defaults are left out.
+    """
     model = EMBEDDED.get(str(settings.get("model")))
     words = [] if model is not None and model.name == "picture-world" else ["--model", str(settings.get("model"))]
     if model is None or settings.get("steps") != model.steps:
@@ -269,9 +284,9 @@ def _method(name: str, options: Mapping[str, Any]) -> str:
 
 
 def _call(name: str, options: Mapping[str, Any]) -> str:
-    """Call that creates a guidance method, as an argument in Python code: ``elakit.guidance.ELA(size=8),``.
+    """Python code that creates a guidance method, followed by a comma: ``elakit.guidance.ELA(size=8),``.
 
-    The code ends with a comma. For a method that is not in `METHODS`, it is ``...,`` with a comment.
+    For a method that is not in `METHODS`, the result is ``...,`` and a comment with the name of the method.
     """
     if name not in METHODS:
         return f"...,  # replace ... by your own method {name!r}"

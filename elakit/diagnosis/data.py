@@ -26,9 +26,9 @@ class Pair:
     Attributes
     ----------
     plain, guided : Run
-        The run without guidance and the run with it.
+        The run without a guidance method, and the run with the method.
     plain_verdict, guided_verdict : Verdict or None
-        Verdicts of the judge; None if an image cannot be judged.
+        Verdicts of the judge on the plain and the guided image; None for an image that was not judged.
     """
 
     plain: Run
@@ -43,9 +43,10 @@ class Pair:
 
     @property
     def outcome(self) -> Outcome | None:
-        """Effect of guidance on the image; None if one of the two images is not judged.
+        """Effect of guidance on the image; None if the plain or the guided image was not judged.
 
-        "fixed": only the guided image is right; "broken": only the plain image is right; "right", "wrong": both are.
+        "fixed": only the guided image is right. "broken": only the plain image is right. "right": both images are
+        right. "wrong": both images are wrong.
         """
         if self.plain_verdict is None or self.guided_verdict is None:
             return None
@@ -62,7 +63,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class DiagnosisData:
-    """Data of a diagnosis; `elakit.diagnosis.Diagnosis` adds the conversion to JSON and to a folder.
+    """Data of a diagnosis: pairs of runs, failures and their causes, and results of remedies.
+
+    The subclass `elakit.diagnosis.Diagnosis` can also be converted to JSON and saved to a folder.
 
     Attributes
     ----------
@@ -72,19 +75,19 @@ class DiagnosisData:
     options : dict
         Options of the method by name, as values for JSON.
     pairs : tuple of Pair
-        One pair per seed.
+        Plain and guided run of each seed.
     seconds : float
         Wall-clock time of the diagnosis in seconds.
     findings : Findings or None
-        Failures in the plain images and their causes; None if the search for them failed.
+        Failures in the plain images, and causes of these failures; None if the search for causes failed.
     remedies : tuple of RemedyResult
-        Results of the method and of the remedies, best first. If all plain images are judged right, only the result of
-        the method.
+        Results of the method and of the other remedies, best first. If all plain images are judged right, the tuple
+        contains only the result of the method.
     predicted : dict of int to float
-        Probability that the plain image of a seed fails, by seed, as predicted after 30% of its steps; empty without
-        a predictor for the model, or if the prediction failed.
+        For each seed, the probability that the plain image fails, as predicted after 30% of the steps. Empty if the
+        model has no predictor, or if the prediction failed.
     problems : tuple of str
-        Sentences about parts of the diagnosis that failed, with the reason.
+        One sentence, with the reason, for each part of the diagnosis that failed.
     """
 
     prompt: Prompt
@@ -121,32 +124,42 @@ class DiagnosisData:
 
     @property
     def right(self) -> int:
-        """Number of plain images that are right."""
+        """Number of plain images that are right; a seed counts only if both its images were judged."""
         return self.count("right") + self.count("broken")
 
     @property
     def rate(self) -> float:
-        """Share of the plain images that are right; NaN if they were not judged."""
+        """Share of the plain images that are right; NaN if any plain or guided image was not judged."""
         return self.right / len(self.pairs) if self.judged else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% Wilson interval of `rate`; (0, 1) if the images were not judged."""
+        """95% Wilson interval of `rate`; (0, 1) if any plain or guided image was not judged."""
         return wilson(self.right, len(self.pairs)) if self.judged else (0.0, 1.0)
 
     @property
     def best(self) -> RemedyResult | None:
-        """Best remedy; None if none did better than plain generation."""
+        """Result of the best remedy; None if no remedy did better than plain generation.
+
+        A remedy did better if it fixed more images than it broke. If the images were not judged, a remedy did better if
+        its images bleed less than the plain images.
+        """
         return next((result for result in self.remedies if result.helps), None)
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """Failures that the judge found in the plain images, most frequent first; empty if they were not judged."""
+        """Failures that the judge found in the plain images, most frequent first.
+
+        Empty if the plain images were not judged.
+        """
         return self.findings.failures if self.findings is not None and self.findings.judged else ()
 
     @property
     def causes(self) -> tuple[Cause, ...]:
-        """Causes, most likely first; for judged images only those that explain one of the `failures`."""
+        """Causes of the failures, most likely first.
+
+        If the plain images were judged, a cause is included only if it explains one of the `failures`.
+        """
         if self.findings is None:
             return ()
         if not self.findings.judged:
@@ -154,14 +167,14 @@ class DiagnosisData:
         return tuple(cause for cause in self.findings.causes if any(explains(cause, one) for one in self.failures))
 
     def count(self, outcome: Outcome) -> int:
-        """Number of seeds with an outcome; see `Pair.outcome`."""
+        """Number of seeds with an outcome: "fixed", "broken", "right" or "wrong", as in `Pair.outcome`."""
         return sum(pair.outcome == outcome for pair in self.pairs)
 
     def example(self) -> Pair:
         """Pair that the report shows in detail.
 
-        Fixed pairs are preferred, then pairs whose plain image has the most frequent failure, then those whose plain
-        run bleeds more.
+        Pairs with the outcome "fixed" are preferred. Among them, or among all pairs if none is fixed, pairs whose plain
+        image has the most frequent failure are preferred, and then the pair whose plain run bleeds most.
         """
         frequent = self.failures[0].seeds if self.failures else ()
 
@@ -176,11 +189,15 @@ class DiagnosisData:
         Returns
         -------
         pandas.DataFrame
-            One row per seed, indexed by seed. Column ``outcome`` (`Pair.outcome`), and with the prefixes ``plain_`` and
-            ``guided_`` the columns ``success`` (True if the image is right), ``bleed``, ``intrusion`` and ``overlap``
-            (Ruzicka similarity of the entities' maps). The last three are means over the steps and over the entities
-            or pairs of entities; `elakit.diagnosis.report.MEANINGS` defines them. ``outcome`` and ``success`` are
-            missing for images that were not judged, and ``overlap`` for a single entity.
+            One row per seed, indexed by seed. Column ``outcome`` contains `Pair.outcome`. Each of the following columns
+            occurs twice: with the prefix ``plain_`` for the plain run, and with ``guided_`` for the guided run.
+
+            - ``success``: True if the image is right.
+            - ``bleed`` and ``intrusion``: means over steps and entities.
+            - ``overlap``: Ruzicka similarity of the maps of two entities, mean over steps and pairs of entities.
+
+            `elakit.diagnosis.report.MEANINGS` defines the measures. ``success`` is missing if the image was not judged.
+            ``outcome`` is missing if one of the two images was not judged. ``overlap`` is NaN for a single entity.
         """
         return self._frame.copy()
 
@@ -194,10 +211,19 @@ class DiagnosisData:
         Returns
         -------
         pandas.DataFrame
-            One row per remedy, indexed by its name. Columns title, status, images (number), right, rate, low and high
-            (95% interval of the rate), fixed, broken (numbers of images), bleed, cost (generation time per image,
-            divided by that of a plain image). If the images were not judged, right, rate, low, high, fixed and broken
-            are missing.
+            One row per remedy, indexed by the name of the remedy, with these columns:
+
+            - title: name of the remedy in sentences and headings.
+            - status: "tried", "failed" or "not tried".
+            - images: number of images.
+            - right: number of right images.
+            - rate: share of the images that are right.
+            - low, high: 95% interval of the rate.
+            - fixed, broken: numbers of images that the remedy fixed and broke.
+            - bleed: share of an entity's attention outside its own region, mean over steps, entities and images.
+            - cost: generation time per image, divided by the generation time of a plain image.
+
+            The columns from right to broken contain missing values if the images were not judged.
         """
         rows = []
         for result in self.remedies:
@@ -213,7 +239,11 @@ class DiagnosisData:
 
 
 def explains(cause: Cause, failure: Failure) -> bool:
-    """True if a cause explains a failure: its kind can lead to that failure, and it affects the same entities."""
+    """True if a cause explains a failure.
+
+    A cause explains a failure if the kind of the cause can lead to the failure, and if the cause affects the entity
+    that fails.
+    """
     return failure.kind in cause.explains and cause.accounts_for(failure)
 
 

@@ -28,7 +28,7 @@ def typical_seconds(seconds: Collection[float]) -> float:
 
     The first image of a process takes several times as long as the others. A mean would include this image and
     overestimate the time of plain images. The costs of the remedies, which are relative to the time of plain images,
-    would then be underestimated. With a single image, this cannot be avoided.
+    would then be underestimated. With a single image, the lower median has the same error.
 
     Parameters
     ----------
@@ -54,8 +54,8 @@ class Batch:
     runs : tuple of Run
         One run per seed.
     seconds : float
-        Typical generation time per image in seconds, see `typical_seconds`. It is processor time on a CPU, because this
-        does not depend on other processes, and wall-clock time on other devices.
+        Generation time per image in seconds: the lower median over the images. On a CPU, processor time is measured,
+        because processor time does not depend on other processes. On other devices, wall-clock time is measured.
     """
 
     runs: tuple[Run, ...]
@@ -63,16 +63,16 @@ class Batch:
 
 
 class ImageGenerator:
-    """Generates images with one pipeline and fixed settings, and counts them for the progress.
+    """Image generator with one pipeline and fixed settings; it also counts the images and reports the progress.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
     steps, guidance_scale, negative_prompt, height, width : optional
-        As in `elakit.generate`.
+        As in `elakit.generate`. Default: the settings of the model, and no negative prompt.
     batch : int, optional
-        Largest number of seeds per batch. By default all seeds for a built-in model, and 1 for other models, whose
-        memory use is unknown.
+        Largest number of seeds per batch. By default, a built-in model generates all seeds in one batch. Other models
+        generate one image at a time, because their memory use is unknown.
     folder : str or Path, optional
         Folder in which runs are stored, and from which existing runs are read.
     on_progress : callable, optional
@@ -80,8 +80,10 @@ class ImageGenerator:
 
     Attributes
     ----------
-    done, total : int
-        Number of images that were generated or read so far, and number that `expect` announced in total.
+    done : int
+        Number of images that were generated or read from the folder so far.
+    total : int
+        Number of images that were announced with `expect`.
 
     Raises
     ------
@@ -128,7 +130,7 @@ class ImageGenerator:
         self._on_progress = on_progress or (lambda done, total, what: None)
 
     def expect(self, images: int) -> None:
-        """Add to the number of images expected in total; a negative number removes images."""
+        """Add `images` to `total`, the number of images to generate; a negative number reduces `total`."""
         self.total += images
 
     def generate(

@@ -61,7 +61,9 @@ BY_SEED = (
 
 
 def measure_table(diagnosis: DiagnosisData) -> pd.DataFrame:
-    """Table of measures by seed: means over the steps, and over entities, pairs of entities or attributes.
+    """Table of measures by seed, for the plain and the guided runs.
+
+    Each value is a mean over the steps, and over the entities, pairs of entities, or attributes that are measured.
 
     Parameters
     ----------
@@ -70,9 +72,9 @@ def measure_table(diagnosis: DiagnosisData) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per seed, indexed by seed; columns (measure, run), where run is "plain" or "guided". The
-        measures are those of `BY_SEED`, as `MEANINGS` defines them; those that do not apply to the prompt, such as
-        ruzicka with a single entity, are left out.
+        One row per seed, indexed by seed. The columns have two levels: the name of the measure, and "plain" or
+        "guided". `BY_SEED` lists the measures, and `MEANINGS` defines each measure. Measures that do not apply to the
+        prompt are left out, such as "ruzicka" for a single entity.
     """
     rows = []
     for pair in diagnosis.pairs:

@@ -45,37 +45,41 @@ def diagnose(
 ) -> Diagnosis:
     """Generate images of a prompt with and without guidance, find failures and their causes, and try remedies.
 
-    The image with guidance starts from the same noise as the image without guidance that has the same seed.
+    For each seed, the images with and without guidance start from the same noise.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
     prompt : str or Prompt
-        Prompt, in which brackets may mark the entities, or the result of `elakit.parse`.
+        Prompt as text, in which brackets may mark the entities, or as the result of `elakit.parse`.
     seeds : sequence of int
         Distinct seeds of the images.
     method : str or Method
-        Guidance method, which is always one of the remedies: name of a method in `elakit.guidance.METHODS`, or a method
-        with options, such as ``elakit.ELA(regions=...)``.
+        Guidance method: the name of a method in `elakit.guidance.METHODS`, or a method with options, such as
+        ``elakit.ELA(regions=...)``. The method itself is always one of the remedies.
     remedies : bool or sequence of str or Method
-        Remedies to try in addition to `method`. True stands for `elakit.diagnosis.DEFAULT`, False for none. A sequence
-        contains names of methods, methods with options, "another-seed" (the most promising of several other seeds),
-        "swapped" (entities in the opposite order), "next-to" ("next to" instead of "and"), or "regions" (ELA with one
-        box per entity). If all images without guidance are judged right, no remedy is tried, and `Diagnosis.remedies`
-        contains only the result of `method`. An exception in one remedy is reported in its result and does not affect
-        the others.
+        Remedies to try in addition to `method`. True stands for `elakit.diagnosis.DEFAULT`, False for no remedy. A
+        sequence may contain names of methods, methods with options, and these names:
+
+        - "another-seed": the most promising of several other seeds.
+        - "swapped": entities in the opposite order.
+        - "next-to": "next to" instead of "and" in the prompt.
+        - "regions": ELA with one box per entity.
+
+        If all images without guidance are judged right, no remedy besides `method` is tried. If a remedy raises an
+        exception, the result of this remedy reports it, and the next remedy is tried.
     steps, guidance_scale, negative_prompt, height, width : optional
-        As in `elakit.generate`.
+        As in `elakit.generate`. Default: the settings of the model, and no negative prompt.
     predictor : Predictor, optional
-        Predictor of failures; by default the included one if it was fitted on this model. The predictor has two uses:
-        it predicts the failures of the plain images (`Diagnosis.predicted`), and the remedy "another-seed" chooses
-        seeds by its predictions.
+        Predictor of failures. Its predictions for the plain images are stored in `Diagnosis.predicted`. The remedy
+        "another-seed" also chooses seeds with the predictor. Default: the included predictor, if it was fitted on this
+        model.
     batch : int, optional
-        Largest number of seeds per batch. By default all seeds for a built-in model, and 1 for other models. Images of
-        a batch differ from single images only by rounding.
+        Largest number of seeds per batch. By default, a built-in model generates all seeds in one batch, and other
+        models generate one image at a time. Images of a batch differ from single images only by rounding.
     folder : str or Path, optional
-        Folder in which each run is stored as soon as it is generated, and finally the diagnosis. A later call with the
-        same folder reuses its runs.
+        Folder in which each run is stored as soon as it is generated. At the end, the diagnosis is stored there, too. A
+        later call with the same folder reuses the stored runs.
     on_progress : callable, optional
         Called with (images done, images in total, current activity) before each batch and after each step.
 
@@ -86,8 +90,8 @@ def diagnose(
     Raises
     ------
     SettingError
-        `seeds` is not a list of distinct seeds; the method or a remedy is unknown; a method given by name requires
-        regions from the user, such as "boxdiff"; or a setting is outside its range.
+        `seeds` is not a list of distinct seeds; the method or a remedy is unknown; a method that needs regions from the
+        user, such as "boxdiff", is given by name; or a setting is outside its range.
     PromptError
         The prompt names no entity, or is too long for the text encoder.
     ModelError
@@ -184,9 +188,10 @@ def _findings(pipe: Pipeline, runs: Sequence[Run], problems: list[str]) -> cause
 
 
 def _predicted(runs: Sequence[Run], predictor: Predictor | None, model: str, problems: list[str]) -> dict[int, float]:
-    """Probability of failure of each run, by seed, as predicted after `SHARE` of its steps; empty if not possible.
+    """Predicted probability that the image of each run fails, as a dictionary by seed.
 
-    The message of an error is added to `problems`.
+    The prediction uses the first 30% of the steps (`SHARE`). The dictionary is empty without a predictor that is
+    `usable` for the model, and if the prediction fails. The message of a failed prediction is added to `problems`.
     """
     if predictor is None or not usable(predictor, model):
         return {}
@@ -200,7 +205,7 @@ def _predicted(runs: Sequence[Run], predictor: Predictor | None, model: str, pro
 
 @lru_cache(maxsize=1)
 def _shipped(model: str) -> Predictor | None:
-    """Included predictor if it was fitted on this model, otherwise None."""
+    """Failure predictor that is part of elakit, or None if that predictor is not `usable` for the model."""
     try:
         predictor = load_predictor()
     except OutputError:

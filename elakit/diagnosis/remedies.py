@@ -27,24 +27,24 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Remedy:
-    """One change that may fix a prompt that fails: guidance, another seed, another wording, or given regions.
+    """One change that may fix a prompt that fails: guidance, another seed, another wording, or boxes as regions.
 
     Attributes
     ----------
     name : str
-        Name of a guidance method, or one of `elakit.diagnosis.OTHERS`.
+        Name of a guidance method, or "another-seed", "swapped", "next-to" or "regions".
     kind : {"guidance", "seed", "wording", "regions"}
         Kind of change.
     what : str
-        Description for the report.
+        Description of the change, as the report shows it.
     prompt : Prompt
-        Prompt to generate.
+        Prompt to generate, reworded if the remedy is another wording.
     method : str or None
-        Name of the guidance method; None for plain generation.
+        Name of the guidance method; None for a remedy without guidance.
     options : dict
-        Options of the method by name, as values for JSON.
+        Options of the guidance method by name, as values for JSON.
     guidance : Method or None
-        The method; None for a remedy that was read from a folder.
+        The guidance method; None for a remedy without guidance, and for a remedy that was read from a folder.
     """
 
     name: str
@@ -63,32 +63,32 @@ class Remedy:
 
 @dataclass(frozen=True)
 class RemedyResult:
-    """Result of a remedy: its images, each compared with a plain image, or the reason why it has none.
+    """Result of a remedy: images that are compared with plain images, or the reason why there are no images.
 
     Attributes
     ----------
     remedy : Remedy
+        The remedy that the result is about.
     plain : tuple of Run
         Plain runs (without guidance) with which the runs of the remedy are compared.
     runs : tuple of Run
-        Runs of the remedy, one per run in `plain`, in the same order; the seeds are the same, too, except for
+        Runs of the remedy: ``runs[i]`` is compared with ``plain[i]``. The two runs have the same seed, except with
         "another-seed". Empty if the remedy failed or was not tried.
     seconds : float
-        Generation time per image in seconds, as in `elakit.diagnosis.generation.Batch`. For "another-seed", the time
-        also includes the first steps of all `candidates` for the image. NaN if nothing was generated.
+        Generation time per image in seconds. With "another-seed", the time includes the first steps of the
+        `candidates`. NaN if nothing was generated.
     cost : float
-        `seconds`, divided by the generation time of a plain image; NaN if nothing was generated.
+        Generation time per image, divided by the generation time of a plain image. NaN if nothing was generated.
     status : {"tried", "failed", "not tried"}
-        "failed" if an exception was raised; "not tried" if the remedy does not apply to the prompt. If all plain images
-        are judged right, `elakit.diagnose` tries no remedy, and then the remedies have no result at all.
+        "failed" if an exception was raised; "not tried" if the remedy does not apply to the prompt.
     why : str
-        Error of a failed remedy, or the reason why it was not tried; "" otherwise.
+        Error of a failed remedy, or the reason why the remedy was not tried; "" otherwise.
     candidates : tuple of dict
-        Seeds from which the remedy "another-seed" chose: one dictionary per seed with the keys "seed", "score" and
-        "chosen" (bool). Every plain run has the same number of candidates, and for each plain run the candidate with
-        the lowest score is chosen. The candidates for the first run in `plain` come first. Empty for other remedies.
+        Only for "another-seed": the seeds from which the remedy chose. Each dictionary has the keys "seed", "score" and
+        "chosen" (bool). Each plain run has the same number of candidates. The candidates for ``plain[0]`` come first.
+        For each plain run, the remedy chooses the candidate with the lowest score.
     chosen_by : str
-        Score by which "another-seed" chose: "predicted probability of failure" or "bleeding"; "" for other remedies.
+        Only for "another-seed": the score by which the remedy chose, "predicted probability of failure" or "bleeding".
     """
 
     remedy: Remedy
@@ -108,7 +108,7 @@ class RemedyResult:
 
     @property
     def right(self) -> int:
-        """Number of images of the remedy that are right."""
+        """Number of the remedy's images that the judge finds right."""
         return sum(_right(run) for run in self.runs)
 
     @property
@@ -118,39 +118,50 @@ class RemedyResult:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% Wilson interval of `rate`; (0, 1) if the images were not judged."""
+        """95% Wilson interval of the share of right images (`rate`); (0, 1) if the images were not judged."""
         return wilson(self.right, len(self.runs)) if self.judged else (0.0, 1.0)
 
     @property
     def fixed(self) -> tuple[int, ...]:
-        """Seeds of the plain images that are wrong, while the corresponding images of the remedy are right.
+        """Seeds of the plain images that the remedy fixed: the plain image is wrong, the remedy's image is right.
 
-        The image of ``plain[i]`` corresponds to the image of ``runs[i]``. Empty if the images were not judged.
+        The image of ``plain[i]`` is compared with the image of ``runs[i]``. Empty if the images were not judged.
         """
         return self._changed(False)
 
     @property
     def broken(self) -> tuple[int, ...]:
-        """Seeds of the plain images that are right, while the corresponding images of the remedy are wrong.
+        """Seeds of the plain images that the remedy broke: the plain image is right, the remedy's image is wrong.
 
-        The image of ``plain[i]`` corresponds to the image of ``runs[i]``. Empty if the images were not judged.
+        The image of ``plain[i]`` is compared with the image of ``runs[i]``. Empty if the images were not judged.
         """
         return self._changed(True)
 
     @property
     def broken_rate(self) -> float:
-        """Share of the right plain images that are `broken`; NaN if none is right, or if images were not judged."""
+        """Share of the right plain images that the remedy broke.
+
+        NaN if no plain image is right, or if the images were not judged.
+        """
         before = sum(_right(run) for run in self.plain) if self.judged else 0
         return len(self.broken) / before if before else math.nan
 
     @property
     def bleed(self) -> float:
-        """Mean share of an entity's attention outside its own region, over steps, entities and runs."""
+        """Mean bleeding of the remedy's runs; NaN without runs.
+
+        Bleeding is the share of an entity's attention outside the entity's own region. The mean is over steps, entities
+        and runs.
+        """
         return bleed(self.runs)
 
     @property
     def helps(self) -> bool:
-        """True if the remedy did better than plain generation: more right images or, if not judged, less bleeding."""
+        """True if the remedy did better than plain generation.
+
+        For judged images, the remedy did better if it has more right images. For images that were not judged, the
+        remedy did better if it has less bleeding.
+        """
         if self.status != "tried":
             return False
         if self.judged:
@@ -158,7 +169,7 @@ class RemedyResult:
         return self.bleed < bleed(self.plain)
 
     def to_dict(self) -> dict[str, Any]:
-        """Dictionary of values for JSON; NaN becomes None, and images are left out."""
+        """Convert the result to a dictionary of values for JSON. NaN becomes None, and images are left out."""
         remedy, tried, judged = self.remedy, self.status == "tried", self.judged
         return {
             "name": remedy.name,
@@ -198,8 +209,9 @@ def ranked(results: Iterable[RemedyResult]) -> tuple[RemedyResult, ...]:
     """Results of remedies, best first.
 
     1. Judged results come first, sorted by the share of right images (highest first), then by the number of broken
-       images (lowest first), then by the cost (lowest first).
-    2. Results that were not judged follow, sorted by bleeding (lowest first), then by the cost (lowest first).
+       images (lowest first), then by the generation time (lowest first).
+    2. Results that were not judged follow, sorted by bleeding (lowest first), then by the generation time (lowest
+       first).
     3. Remedies that failed come next.
     4. Remedies that were not tried come last.
 
@@ -223,7 +235,10 @@ def ranked(results: Iterable[RemedyResult]) -> tuple[RemedyResult, ...]:
 
 
 def bleed(runs: Sequence[Run]) -> float:
-    """Mean share of an entity's attention outside its own region, over steps, entities and runs; NaN without runs.
+    """Mean bleeding of runs; NaN without runs.
+
+    Bleeding is the share of an entity's attention outside the entity's own region. The mean is over steps, entities and
+    runs.
 
     Parameters
     ----------

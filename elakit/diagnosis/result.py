@@ -20,23 +20,28 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Diagnosis(DiagnosisData):
-    """The result of `elakit.diagnose`; its attributes are those of `elakit.diagnosis.data.DiagnosisData`."""
+    """The result of `elakit.diagnose`: images of one prompt, their failures and causes, and remedies.
+
+    The attributes are those of `elakit.diagnosis.data.DiagnosisData`.
+    """
 
     def to_dict(self) -> dict[str, Any]:
-        """Dictionary for JSON with everything except images and maps; ``docs/howto/diagnose.md`` lists its keys.
+        """Convert the diagnosis to a dictionary for JSON. Images and maps are left out.
 
         Returns
         -------
         dict
-            Values for JSON; unknown numbers are None.
+            Values for JSON; unknown numbers are None. ``docs/howto/diagnose.md`` lists the keys.
 
         Examples
         --------
+        The only remedy in this example is "ela", the default guidance method:
+
         >>> import elakit
         >>> found = elakit.diagnose(elakit.load("picture-world"), "a [cat] and a [lion]", seeds=[0], steps=2)
-        >>> plain = found.to_dict()
-        >>> plain["schema"], plain["prompt"]["bracketed"], plain["remedies"][0]["name"]
-        (1, 'a [cat] and a [lion]', 'ela')
+        >>> values = found.to_dict()
+        >>> values["prompt"]["bracketed"], values["remedies"][0]["name"]
+        ('a [cat] and a [lion]', 'ela')
         """
         from elakit import __version__
 
@@ -79,12 +84,13 @@ class Diagnosis(DiagnosisData):
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Store the diagnosis in a folder: every run as `Run.save` does, and finally ``diagnosis.json``.
+        """Store the diagnosis in a folder: first the runs, then ``diagnosis.json``.
 
         Parameters
         ----------
         folder : str or Path
-            A new folder, or one that contains a diagnosis: its runs are kept, and its ``diagnosis.json`` is replaced.
+            A new folder, or a folder that already contains a diagnosis. Runs in the folder are kept, and an existing
+            ``diagnosis.json`` is replaced.
 
         Returns
         -------
@@ -99,7 +105,11 @@ class Diagnosis(DiagnosisData):
         return write_diagnosis(self, self.to_dict(), folder)
 
     def _seeds(self) -> list[dict[str, Any]]:
-        """Rows of `to_frame` with the predicted probability of failure, as values for JSON."""
+        """One dictionary of values for JSON per seed.
+
+        The dictionary contains the row of `to_frame`, with the outcome and the measures of the seed. The key
+        "predicted_failure" is added: the predicted probability that the plain image fails, or None.
+        """
         rows = []
         for row in self.to_frame().reset_index().to_dict("records"):
             plain = {str(name): None if _unknown(value) else value for name, value in row.items()}

@@ -16,7 +16,9 @@ from elakit.run import Run, open_run
 
 
 class RunStore:
-    """Runs that are stored in a folder under the keys of `run_key`, each with its generation time.
+    """Runs that are stored in the folder of a diagnosis, each with its generation time.
+
+    Each run is stored under its key, which `run_key` computes from the prompt, the seed and the settings.
 
     Parameters
     ----------
@@ -57,8 +59,8 @@ class RunStore:
         Returns
         -------
         dict of int to (Run, float)
-            The requested runs that are stored completely and can be read, with their generation time in seconds, by
-            seed; others are left out.
+            Each run with its generation time in seconds, by seed. Runs that are missing, incomplete or damaged are left
+            out.
         """
         found = {}
         for seed, key in keys.items():
@@ -85,7 +87,7 @@ def run_key(prompt: Prompt, seed: int, settings: Mapping[str, Any], options: Map
     prompt : Prompt
     seed : int
     settings : mapping
-        Settings as in `Run.settings`; those that do not change the image are ignored.
+        Settings as in `Run.settings`. Settings that do not change the image are ignored.
     options : mapping
         Options of the guidance method; empty for a plain run.
 
@@ -104,5 +106,5 @@ def run_key(prompt: Prompt, seed: int, settings: Mapping[str, Any], options: Map
 
 
 def key_of_run(run: Run) -> str:
-    """Key of a finished run; see `run_key`."""
+    """Key under which a finished run is stored: a hash of its prompt, seed and settings, from `run_key`."""
     return run_key(run.prompt, run.seed, run.settings, run.guidance.options if run.guidance else {})

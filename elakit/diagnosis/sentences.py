@@ -29,7 +29,8 @@ def summary(diagnosis: DiagnosisData) -> list[str]:
     Returns
     -------
     list of str
-        Sentences in the order of the topics of `statements`; plain text that is not escaped for HTML.
+        Sentences on the number of right images, failures, causes, the best remedy, attention and uncertainty, in this
+        order. They are plain text, not escaped for HTML.
     """
     return [sentence for sentences in statements(diagnosis).values() for sentence in sentences]
 
@@ -44,9 +45,9 @@ def statements(diagnosis: DiagnosisData) -> dict[str, list[str]]:
     Returns
     -------
     dict of str to list of str
-        Sentences for the topics "images" (number of right images), "failures", "causes", "remedy" (the best one),
-        "attention" (bleeding) and "uncertainty" (confidence intervals, and parts of the diagnosis that failed). A list
-        may be empty.
+        Sentences for each topic. The topics are "images" (number of right images), "failures", "causes", "remedy" (the
+        best remedy), "attention" (bleeding) and "uncertainty" (confidence intervals, and parts of the diagnosis that
+        failed). The list of a topic may be empty.
     """
     return {
         "images": _images(diagnosis),
@@ -284,7 +285,7 @@ def _result(diagnosis: DiagnosisData, best: RemedyResult) -> str:
 
 
 def _count(diagnosis: DiagnosisData, outcome: Outcome) -> str:
-    """Number of images with an outcome and their seeds: "2 images (seeds 0, 3)"."""
+    """Phrase that counts the images with an outcome, and lists their seeds, such as "2 images (seeds 0, 3)"."""
     seeds = [str(pair.seed) for pair in diagnosis.pairs if pair.outcome == outcome]
     if not seeds:
         return "no images"

@@ -1,4 +1,4 @@
-"""Storage of a diagnosis in a folder: its runs as `Run.save` writes them, and ``diagnosis.json`` with their keys."""
+"""Storage of a diagnosis in a folder: its runs, and ``diagnosis.json``, which refers to the runs by their keys."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from elakit.run import Run, open_run
 
 
 def write_diagnosis(data: DiagnosisData, document: Mapping[str, Any], folder: str | Path) -> Path:
-    """Store a diagnosis; see `Diagnosis.save`.
+    """Store a diagnosis in a folder: first the runs, then ``diagnosis.json``.
 
     Parameters
     ----------
     data : DiagnosisData
     document : mapping
-        Content of ``diagnosis.json``. The fields that `read_fields` needs are added under the key "stored".
+        Content of ``diagnosis.json``, from `Diagnosis.to_dict`. The key "stored" is added, from which `read_fields`
+        restores the diagnosis.
     folder : str or Path
+        A new folder, or a folder that already contains a diagnosis.
 
     Returns
     -------
@@ -64,7 +66,7 @@ def write_diagnosis(data: DiagnosisData, document: Mapping[str, Any], folder: st
 
 
 def read_fields(folder: str | Path) -> dict[str, Any]:
-    """Fields of a `DiagnosisData`, read from a folder that `write_diagnosis` wrote.
+    """Read the fields of a `DiagnosisData`, by name, from a folder that `write_diagnosis` wrote.
 
     Raises
     ------
@@ -151,7 +153,7 @@ def _findings(plain: Mapping[str, Any] | None, prompt: Prompt) -> Findings | Non
 
 
 def _built(kind: type[Any], plain: Mapping[str, Any]) -> Any:
-    """Build an instance of a dataclass from the result of its `to_dict`; lists, as JSON has them, become tuples."""
+    """Build an instance of the dataclass `kind` from a dictionary that was read from JSON. Lists become tuples."""
     names = {field.name for field in fields(kind)}
     return kind(**{name: _tuples(value) for name, value in plain.items() if name in names})
 

@@ -1,4 +1,4 @@
-"""Trials of remedies: guidance from the same noise, another seed, other wording, or regions given by hand."""
+"""Trials of remedies: guidance from the same noise, another seed, another wording, or boxes as regions."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ class NotApplicable(ElakitError):
 
 
 def check(remedies: bool | Sequence[str | Method]) -> tuple[str | Method, ...]:
-    """Check the names of requested remedies, and return them without duplicates.
+    """Check the names of requested remedies, and return the remedies without duplicates.
 
     Parameters
     ----------
     remedies : bool or sequence of str or Method
-        Names of remedies or methods, and methods with options, as in `elakit.diagnose`. True stands for `DEFAULT`,
-        False for none.
+        Requested remedies. Each one is the name of a remedy, such as "swapped", the name of a guidance method, such as
+        "ela", or a `Method` object. True stands for the remedies in `DEFAULT`, False for no remedy.
 
     Returns
     -------
     tuple of str or Method
-        The names and methods in the order given.
+        The requested remedies in the order given.
 
     Raises
     ------
     SettingError
-        There is no such remedy, or a method given by name requires regions from the user, such as "boxdiff".
+        A remedy is unknown, or is the name of a method, such as "boxdiff", that needs regions from the user.
 
     Examples
     --------
@@ -74,7 +74,10 @@ def check(remedies: bool | Sequence[str | Method]) -> tuple[str | Method, ...]:
 
 
 def images_of(remedy: str | Method, seeds: int) -> int:
-    """Number of images that a remedy generates for `seeds` plain images, with the candidates of "another-seed"."""
+    """Number of images that a remedy generates for `seeds` plain images.
+
+    The remedy "another-seed" also starts `CANDIDATES` candidates per plain image, which are counted, too.
+    """
     return seeds * (1 + CANDIDATES) if remedy == "another-seed" else seeds
 
 
@@ -127,10 +130,10 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
     Parameters
     ----------
     which : str or Method
-        Name of a remedy or method, or a method with options: one element of the result of `check`.
+        Name of a remedy, such as "swapped", name of a guidance method, such as "ela", or a `Method` object.
     prompt : Prompt
     pipe : diffusers.DiffusionPipeline
-        Pipeline whose tokenizer reads a reworded prompt.
+        Pipeline whose tokenizer is used if the remedy rewords the prompt.
 
     Returns
     -------
@@ -141,7 +144,7 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
     NotApplicable
         The remedy does not apply to the prompt.
     SettingError
-        `which` is the name of a method that requires regions from the user, such as "boxdiff".
+        `which` is the name of a method, such as "boxdiff", that needs regions from the user.
     PromptError
         The reworded prompt is too long for the text encoder.
     """
@@ -189,24 +192,25 @@ def try_remedy(
     Parameters
     ----------
     which : str or Method
-        Name of a remedy or method, or a method with options: one element of the result of `check`.
+        Name of a remedy, such as "swapped", name of a guidance method, such as "ela", or a `Method` object.
     prompt : Prompt
         Prompt of the diagnosis, which the remedy may reword.
     generator : ImageGenerator
         Generator that made the plain runs.
     plain : sequence of Run
-        Runs without guidance with which the runs of the remedy are compared. Every remedy except "another-seed" uses
-        the same seeds.
+        Plain runs, with which the runs of the remedy are compared. Every remedy except "another-seed" uses the seeds of
+        the plain runs.
     plain_seconds : float
         Generation time of a plain image in seconds. `RemedyResult.cost` is relative to this time.
     predictor : Predictor, optional
-        Predictor of failures, by which the remedy "another-seed" chooses seeds. If the predictor is None, or not
-        `usable` for the model, the remedy chooses the seeds whose runs bleed least.
+        Predictor of failures, by which the remedy "another-seed" chooses seeds. Without a predictor that is `usable`
+        for the model, the remedy chooses the seeds whose runs bleed least.
 
     Returns
     -------
     RemedyResult
-        Its status is "failed" after an exception, and "not tried" if the remedy does not apply to the prompt.
+        The status of the result is "failed" after an exception, and "not tried" if the remedy does not apply to the
+        prompt.
     """
     plain = tuple(plain)
     name = which if isinstance(which, str) else which.name
@@ -232,7 +236,7 @@ def try_remedy(
 def usable(predictor: Predictor | None, model: str) -> bool:
     """True if a predictor can predict, after 30% of the steps, whether an image of a model will fail.
 
-    The predictor must have been fitted on images of the model, with the features that this version computes.
+    The predictor must have been fitted on images of the model, with the features that this version of elakit computes.
 
     Parameters
     ----------
@@ -254,7 +258,7 @@ def _other_seeds(
 ) -> RemedyResult:
     """For each plain run, choose one of `CANDIDATES` new seeds, and generate the image of the chosen seed.
 
-    Each candidate is run for `SHARE` of the steps. The candidate with the lowest score is chosen. The score is the
+    Each new seed is run for 30% of the steps (`SHARE`). The seed with the lowest score is chosen. The score is the
     predicted probability of failure or, without a usable predictor, the bleeding.
     """
     count = len(plain)

@@ -1,4 +1,4 @@
-"""Guidance: one engine that runs training-free methods, and each method in a file of its own."""
+"""Training-free guidance methods, each in a file of its own, and the engine that runs all of these methods."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Anchoring part of ELA: a loss that is small if each entity's attention is in its region, and latent steps."""
+"""Anchoring in ELA: latent steps that lower a loss, which is small if each entity's attention is in its own region."""
 
 from __future__ import annotations
 
@@ -23,45 +23,47 @@ LATE = 0.16  # default start of guidance where regions are localized: earlier ma
 
 @dataclass(frozen=True, kw_only=True)
 class LatentStep:
-    """Anchoring of ELA: a loss on the maps, and latent steps along its negative gradient.
+    """Anchoring part of ELA: a loss on the attention maps, and latent steps along the negative gradient of this loss.
 
-    The form of the step is the paper's, ``z' = z - step_size * gradient``. The loss is ours: a weighted sum of four
-    terms, each a mean over entities (or attributes).
+    A latent step has the form of the ELA paper (Zhang et al., ICML 2024): ``z' = z - step_size * gradient``. The loss
+    is our own: a weighted sum of four terms. The terms "outside", "presence" and "intrusion" are means over the
+    entities. The term "attributes" is a mean over the attributes.
 
     Parameters
     ----------
     start : float, optional
-        Share of the denoising steps before guidance starts. By default .16 if regions are localized, because earlier
-        maps are nearly noise, and 0 if all regions are given by hand.
+        Share of the denoising steps before guidance starts. By default 0 if all regions are given by hand, otherwise
+        0.16, because the maps of earlier steps are nearly noise.
     guided : float
-        Share of the denoising steps that are guided, from `start` on.
+        Length of the guided phase that begins after `start`, as a share of the denoising steps.
     every : int
-        Interval of the guided steps: 1 guides each step, n every n-th step.
+        Interval of the guided steps within the guided phase. 1 guides every step, and n guides every n-th step.
     step_size : float
-        Step size alpha at the first guided step. With ``gradient="normalized"`` it is the root mean square of the
-        change of the latent, whose initial noise has unit variance.
+        Step size alpha at the first guided step. With ``gradient="normalized"``, it is the root mean square by which a
+        latent step changes the latent. For comparison, the initial noise has unit variance.
     decay : float
-        Step size at the last guided step as a share of `step_size`; it changes linearly in between.
+        Step size at the end of the guided phase, divided by `step_size`. In between, the step size changes linearly.
     gradient : {"normalized", "raw"}
-        Gradient along which the latent moves: scaled to a root mean square of 1 ("normalized"), or not scaled ("raw").
+        Gradient that the latent steps use. "normalized" is scaled to a root mean square of 1; "raw" is not scaled.
     needed : float, optional
-        Threshold of the shortfall at the first guided step: an image with a shortfall at or below this value is not
-        anchored at all. The shortfall, a column of the trace, is the sum of two values: the largest squared share of
-        any entity's attention outside its region, and 1 minus the smallest of the entities' peaks, where the peak of an
-        entity is its largest attention inside its region. None anchors every image. The default was chosen on
-        picture-world, where the shortfall predicts failing images better than the loss does. If all shortfalls of a
-        model exceed the default, every image is anchored.
+        Threshold of the shortfall at the first guided step. An image is not anchored at all if its shortfall is at or
+        below this threshold. None anchors every image. The shortfall, a column of the trace, is the sum of two values.
+        The first value is the largest squared share of an entity's attention outside its region. The second value is 1
+        minus the smallest peak; the peak of an entity is its largest attention inside its region. The default was
+        chosen on picture-world, where the shortfall predicts failing images better than the loss does. If all
+        shortfalls of another model exceed the default, every image is anchored.
     enough : float, optional
-        Threshold of the shortfall at each later guided step: if the shortfall is at or below this value, anchoring of
-        the image ends, and the latent does not move at this step either. With None, anchoring does not end early.
+        Threshold of the shortfall at each later guided step. If the shortfall of an image is at or below this
+        threshold, anchoring of the image ends, without a latent step at this guided step. With None, anchoring does not
+        end early.
     outside : float
         Weight of the squared share of an entity's attention outside its region. The closest published form is the loss
         of layout guidance (Chen et al., WACV 2024).
     presence : float
         Weight of 1 minus an entity's largest attention inside its region.
     intrusion : float
-        Weight of an entity's intrusion: its mean attention in the regions of the other entities, divided by the sum of
-        this mean and its mean attention in its own region.
+        Weight of an entity's intrusion, ``a / (a + b)``. Here, a is the mean of the entity's attention over the regions
+        of the other entities, and b is the mean over its own region.
     attributes : float
         Weight of the squared share of an attribute's attention outside the region of its entity.
 
@@ -109,16 +111,23 @@ class LatentStep:
             refuse(0, "outside", "above 0 if presence, intrusion and attributes are 0", **own)
 
     def starts_at(self, *, localized: bool) -> float:
-        """Share of the run before anchoring starts: `start` or its default; `localized` is described at `plan`."""
+        """Share of the denoising steps before anchoring starts: the option `start`, or its default.
+
+        The default is 0.16 if `localized` is True, and otherwise 0. `localized` is True if at least one entity's region
+        is localized in the maps instead of given by hand.
+        """
         return (LATE if localized else 0.0) if self.start is None else self.start
 
     def plan(self, steps: int, *, localized: bool) -> list[Update]:
-        """Updates of a run; their step sizes change linearly from `step_size` to `decay` times `step_size`.
+        """One update per denoising step of a run, up to the end of the guided phase.
+
+        The step sizes of guided steps change linearly from `step_size` to `decay` times `step_size`. The step size is 0
+        at steps before the guided phase, and at steps that `every` leaves out.
 
         Parameters
         ----------
         steps : int
-            Denoising steps of the run.
+            Number of denoising steps of the run.
         localized : bool
             Whether at least one entity's region is localized in the maps instead of given by hand.
         """
@@ -128,7 +137,10 @@ class LatentStep:
         return [*[idle] * first, *(Update(float(s)) if i % self.every == 0 else idle for i, s in enumerate(sizes))]
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient, or the gradient scaled to a root mean square of 1."""
+        """The gradient itself if the option `gradient` is "raw"; else the gradient, scaled.
+
+        The scaled gradient has a root mean square of 1.
+        """
         if self.gradient == "raw":
             return gradient
         return gradient / gradient.pow(2).mean().sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
@@ -144,15 +156,16 @@ class LatentStep:
             Regions; no gradient passes through them.
         prompt : Prompt
         first : bool
-            Whether this is the first guided step of the image, at which the shortfall is compared with `needed` instead
-            of `enough`.
+            Whether this is the first guided step of the image. The first guided step compares the shortfall with the
+            option `needed`, later steps with the option `enough`.
 
         Returns
         -------
         Loss
-            Its terms are "outside", "presence", "intrusion" and "attributes" without their weights, and "shortfall",
-            which is not part of the total. For a word without any attention, "outside", "presence" and "attributes"
-            have their largest value, 1, and "intrusion" is 0.
+            The total is the weighted sum of the terms "outside", "presence", "intrusion" and "attributes". These four
+            terms are stored without their weights. The term "shortfall" is stored, too, but is not part of the total.
+            A word without any attention counts as 1, the largest value, in "outside", "presence" and "attributes", and
+            as 0 in "intrusion".
         """
         entities, regions = entity_means(maps, prompt), torch.from_numpy(masks).to(maps.device)
         terms = {
@@ -170,7 +183,9 @@ class LatentStep:
 
 
 def outside_share(maps: Tensor, regions: Tensor) -> Tensor:
-    """Share of each map's attention outside its region, 1 for a map without any attention; (n, y, x) -> (n,).
+    """Share of each map's attention that lies outside the map's region; 1 for a map without any attention.
+
+    `maps` and the boolean `regions` are (n, y, x), one region per map. The result is (n,).
 
     Examples
     --------
@@ -181,16 +196,21 @@ def outside_share(maps: Tensor, regions: Tensor) -> Tensor:
 
 
 def peaks(maps: Tensor, regions: Tensor) -> Tensor:
-    """Largest attention of each map inside its region; (n, y, x) -> (n,)."""
+    """Largest attention of each map inside the map's region.
+
+    `maps` and the boolean `regions` are (n, y, x), one region per map. The result is (n,).
+    """
     return maps.masked_fill(~regions, 0).amax((1, 2))
 
 
 def shortfall(maps: Tensor, regions: Tensor) -> float:
     """Shortfall of an image, which measures how badly its weakest entities are anchored.
 
-    It is the sum of the largest squared `outside_share` of any entity, and of 1 minus the smallest of the entities'
-    `peaks`. The two may come from different entities. They are extremes instead of means because one neglected entity
-    makes an image fail. Attributes do not count, so that prompts with and without them have the same scale.
+    The shortfall is the sum of two values. The first value is the largest squared share of an entity's attention
+    outside its region (`outside_share`). The second value is 1 minus the smallest peak; the peak of an entity is its
+    largest attention inside its region (`peaks`). The two values may come from different entities. Both values are
+    extremes instead of means, because one neglected entity makes an image fail. Attributes are ignored, so that
+    shortfalls are comparable between prompts with and without attributes.
 
     Parameters
     ----------
@@ -201,21 +221,23 @@ def shortfall(maps: Tensor, regions: Tensor) -> float:
     Returns
     -------
     float
-        From 0 (every entity has all its attention in its region, with a peak of 1) to 2.
+        Number from 0 to 2. It is 0 if every entity has all its attention in its region, with a peak of 1.
 
     Examples
     --------
     >>> maps = torch.tensor([[[1.0, 0.0]], [[0.25, 0.25]]])
-    >>> shortfall(maps, torch.tensor([[[True, False]], [[False, True]]]))  # second: .5^2 + (1 - .25)
+    >>> shortfall(maps, torch.tensor([[[True, False]], [[False, True]]]))  # second entity: .5^2 + (1 - .25)
     1.0
     """
     return float(outside_share(maps, regions).square().amax() + (1 - peaks(maps, regions)).amax())
 
 
 def intrusion(maps: Tensor, regions: Tensor) -> Tensor:
-    """Mean attention of each map in the other regions, divided by the sum of this mean and that in its own region.
+    """Intrusion of each map, ``a / (a + b)``, which compares its attention in the other regions and in its own region.
 
-    Maps are (n, y, x), and the result is (n,). The value is 0 for a map without attention in any region.
+    Here, a is the mean attention of the map over the regions of the other maps, and b is the mean over its own region.
+    `maps` and the boolean `regions` are (n, y, x), one region per map. The result is (n,). It is 0 for a map without
+    attention in any region.
     """
     areas = regions.sum((1, 2)).clamp_min(1).to(maps.dtype)
     means = torch.einsum("eyx,fyx->ef", maps, regions.to(maps.dtype)) / areas
@@ -225,7 +247,7 @@ def intrusion(maps: Tensor, regions: Tensor) -> Tensor:
 
 
 def confinement(maps: Tensor, masks: np.ndarray, prompt: Prompt, regions: np.ndarray | None = None) -> Loss:
-    """Loss that the trace stores for methods that optimize none: squared shares of attention outside the masks.
+    """Loss in the trace of methods that do not optimize a loss: squared shares of attention outside masks.
 
     Parameters
     ----------
@@ -240,8 +262,9 @@ def confinement(maps: Tensor, masks: np.ndarray, prompt: Prompt, regions: np.nda
     Returns
     -------
     Loss
-        Sum of the terms "outside" (squared share of each entity's attention outside its mask, mean over entities) and
-        "attributes" (the same for each attribute token and the mask of its entity, mean over these tokens).
+        Sum of two terms. "outside" is the mean over entities of the squared share of an entity's attention outside its
+        mask. "attributes" is the mean over attribute tokens of the squared share of a token's attention outside the
+        mask of its entity.
     """
     inside = torch.from_numpy(masks).to(maps.device)
     terms = {
@@ -255,7 +278,11 @@ def confinement(maps: Tensor, masks: np.ndarray, prompt: Prompt, regions: np.nda
 
 
 def attributes_outside(maps: Tensor, regions: Tensor, prompt: Prompt) -> Tensor:
-    """Mean squared `outside_share` over attribute tokens, each with the region of its entity; 0 without attributes."""
+    """Mean over attribute tokens of the squared share of a token's attention outside the region of its entity.
+
+    `maps` are (token, y, x), and the boolean `regions` are (entity, y, x). The result is a scalar, and 0 if the prompt
+    has no attributes.
+    """
     owners: Sequence[tuple[int, int]] = [
         (token, i) for i, entity in enumerate(prompt.entities) for token in entity.attribute_indices
     ]

@@ -1,16 +1,20 @@
 """A-STAR: separate the attention of entities, and retain each entity's attention from one step to the next.
 
 Agarwal et al., "A-STAR: Test-time Attention Segregation and Retention for Text-to-image Synthesis", ICCV 2023
-(arXiv:2306.14544), equations 2 to 4. With A_m the map of entity m, and B_m the binarized map of the same entity at the
-previous step:
+(arXiv:2306.14544), equations 2 to 4. A_m is the map of entity m, and B_m is the binarized map of the same entity at the
+previous step. The locations of a map are p, the latent is z, and the step size is alpha:
 
     L_seg = sum over pairs m > n of  sum_p min(A_m, A_n) / sum_p (A_m + A_n)
     L_ret = sum over m of  1 - sum_p min(A_m, B_m) / sum_p (A_m + B_m)
     z' = z - alpha * gradient of (L_seg + L_ret), before every denoising step
 
-No official code is public, so only the equations were checked. What the paper leaves open was decided here: maps are
-prepared as in Attend-and-Excite, so that A_m, from 0 to 1, is comparable with B_m, which is 0 or 1; B_m is 1 at the
-locations above Otsu's threshold; alpha is that of Attend-and-Excite; the first step has no L_ret.
+No official code is public, so only the equations were checked. Our decisions, where the paper leaves a choice:
+
+* Maps are sharpened and smoothed as in Attend-and-Excite. The values of A_m then range from 0 to 1, and can be compared
+  with the values 0 and 1 of B_m.
+* B_m is 1 at the locations whose attention is above Otsu's threshold.
+* The step size alpha is that of Attend-and-Excite.
+* The first step has no L_ret.
 """
 
 from __future__ import annotations
@@ -41,14 +45,15 @@ class AStar(ReadsOneSize):
     Parameters
     ----------
     step_size : float
-        Step size alpha at the first step. It decreases over the run, from this value at the first step to sqrt(1/2)
-        times this value at the last. The paper gives no value; 20 is that of Attend-and-Excite.
+        Step size alpha at the first step. It decreases over the run to sqrt(1/2) times this value at the last step. The
+        paper gives no step size; the default, 20, is that of Attend-and-Excite.
     guided : float
-        Share of the denoising steps that are guided, from the first; all in the paper.
+        Share of the denoising steps that are guided, beginning with the first step. The paper guides all steps.
     segregation : float
         Weight of the segregation loss, the overlap of the maps of different entities; 1 in the paper.
     retention : float
-        Weight of the retention loss, which compares each map with that of the previous step; 1 in the paper.
+        Weight of the retention loss, which is small if each entity's map overlaps its binarized map of the previous
+        step; 1 in the paper.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -91,7 +96,12 @@ class AStar(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided) if len(prompt.entities) > 1 else []
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:
-        """Weighted sum of L_seg and L_ret; the trace stores the terms "segregation" and "retention" without weights."""
+        """Weighted sum of the segregation loss and the retention loss.
+
+        The segregation loss is the overlap of the maps of different entities. The retention loss is small if each map
+        overlaps the binarized map of the same entity at the previous step. The trace stores the two losses without
+        their weights, as the terms "segregation" and "retention".
+        """
         entities = entity_maps(attention.mean, prompt)
         before = state.recall(step, entities)
         one, other = torch.triu_indices(len(entities), len(entities), 1)
@@ -106,5 +116,8 @@ class AStar(ReadsOneSize):
 
 
 def _overlap(one: Tensor, other: Tensor) -> Tensor:
-    """Sum of the minima of two maps, divided by the sum of both maps; at most 1/2; (n, y, x) twice -> (n,)."""
+    """Overlap of pairs of maps: the sum over locations of the minimum of both maps, divided by the sum of both maps.
+
+    `one` and `other` are (n, y, x), with one pair per index. The result is (n,), with values from 0 to 1/2.
+    """
     return ratio(torch.minimum(one, other).sum((1, 2)), (one + other).sum((1, 2)))

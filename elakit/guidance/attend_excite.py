@@ -1,34 +1,39 @@
 """Attend-and-Excite: raise the largest attention of the least attended entity.
 
 Chefer, Alaluf, Vinker, Wolf and Cohen-Or, "Attend-and-Excite: Attention-Based Semantic Guidance for Text-to-Image
-Diffusion Models", ACM Transactions on Graphics 42 (SIGGRAPH 2023), arXiv:2301.13826, and its official code.
+Diffusion Models", ACM Transactions on Graphics 42 (SIGGRAPH 2023), arXiv:2301.13826, and its official code. In the
+equations, A are the raw attention maps of all tokens, A'_s is the prepared map of entity s, and z is the latent. The
+number of the step is i, counted from 0, and N is the number of steps:
 
     A' = smooth(softmax over tokens of 100 A)      L = max over entities s of (1 - max over locations of A'_s)
     z' = z - alpha_i dL/dz                         alpha_i = 20 sqrt(1 - i / (2 (N - 1)))
 
-at step i of N, over the first 25 of 50 steps. The update is repeated at steps 0, 10 and 20 until the largest attention
-of every entity is at least .05, .5 and .8, respectively; at most 20 times at each of these steps. One more update
-follows. Losses and gradients equal those of the official code to rounding, with ``normalize_eot`` too
-(``tests/parity/test_losses.py``).
+The first 25 of 50 steps are guided. Steps 0, 10 and 20 begin with a refinement: the update is repeated until the
+largest attention of every entity is at least 0.05, 0.5 and 0.8, respectively, but at most 20 times. The usual update of
+the step follows. Except for rounding, losses and gradients equal those of the official code, with and without
+``normalize_eot`` (``tests/parity/test_losses.py``).
 
-Our decisions: the map of a noun of several tokens is the mean of their maps (the official code is given one token per
-noun); guided steps and refinements are given as shares of the run's steps; a prompt of fewer than two entities is not
-guided.
+Our decisions:
+
+* If a noun has several tokens, its map is the mean of the maps of these tokens. Users of the official code choose one
+  token per noun.
+* Guided steps and refinements are given as shares of the run's steps.
+* A prompt of fewer than two entities is not guided.
 
 The pipeline of diffusers (``StableDiffusionAttendAndExcitePipeline``, 0.42) gives the same losses and updates
-(``tests/guidance/test_attend_excite.py``), except for what we take to be mistakes of its code:
+(``tests/guidance/test_attend_excite.py``), except where we think that its code is wrong:
 
-* its gradient passes get latents that have not been through the scheduler's ``scale_model_input``: wrong for Euler,
-  LMS and others whose input is scaled;
-* refinement compares the threshold with the loss before its latest step, so it takes one step more than needed;
-* refinement drops ``cross_attention_kwargs`` (a LoRA's scale, for one);
-* its argument ``attn_res``, the size of the maps that are read, is (16, 16) by default, whatever the size of the
-  image, so that no maps are found at most sizes other than 512 x 512 pixels;
-* ``attn_res=None`` computes this size as (width, height), but the maps are read as (height, width): the rows are wrong
-  if the image is not square;
-* its guided steps and refinements are fixed step numbers, whatever the number of steps of the run, and steps that are
-  not guided still pay for an unused pass with gradients;
-* its attention processors stay in the U-Net after an error.
+* Its gradient passes do not apply the scheduler's ``scale_model_input`` to the latents. The gradients are wrong for
+  Euler, LMS and other schedulers that scale the input.
+* Its refinement compares the threshold with the loss before the latest update, and therefore makes one update too many.
+* Its refinement ignores ``cross_attention_kwargs``, which contain, for example, the scale of a LoRA.
+* Its argument ``attn_res`` is the size of the maps that are read. The default is (16, 16) for every image size. Most
+  images other than 512 x 512 pixels have no maps of this size.
+* ``attn_res=None`` computes the size of the maps as (width, height), but the maps are read as (height, width). The rows
+  are wrong if the image is not square.
+* Its guided steps and refinements have fixed step numbers, which do not depend on the number of steps of the run.
+* At steps without guidance, it still computes a pass with gradients, which it does not use.
+* After an error, its attention processors stay in the U-Net.
 """
 
 from __future__ import annotations
@@ -53,16 +58,19 @@ class AttendAndExcite(ReadsOneSize):
     Parameters
     ----------
     step_size : float
-        Step size alpha at the first step; 20 in the official code. It decreases over the run, from this value at the
-        first step to sqrt(1/2) times this value at the last.
+        Step size alpha at the first step; 20 in the official code. It decreases over the run to sqrt(1/2) times this
+        value at the last step.
     guided : float
-        Share of the denoising steps that are guided, from the first; 25 of 50 in the official code.
+        Share of the denoising steps that are guided, beginning with the first step. The official code guides the first
+        25 of 50 steps.
     refine : sequence of (float, float, int)
-        Refinements, each with three values: the step at which it takes place, as a share of all steps; the value that
-        the maximum of every entity's map has to reach; and the largest number of additional updates. () for none.
+        Refinements, which repeat the update within one denoising step. Each refinement is a tuple of three numbers. The
+        first is the step of the refinement, as a share of all steps. The second is the value that the maximum of every
+        entity's map has to reach. The third is the largest number of additional updates. An empty sequence switches
+        refinement off.
     normalize_eot : bool
-        Whether end-of-text and padding are left out of the softmax over tokens. The official code does so for Stable
-        Diffusion 2.x and not for 1.x.
+        Whether end-of-text and padding are left out of the softmax over tokens. The official code leaves them out for
+        Stable Diffusion 2.x, but not for 1.x.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -96,16 +104,18 @@ class AttendAndExcite(ReadsOneSize):
         check_flag(self, "normalize_eot")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates with decreasing step sizes, and refinements at some steps; no update for a prompt of one entity.
+        """One update per guided step, with decreasing step sizes; an empty list for a prompt of one entity.
 
+        The updates of some steps contain a refinement, as the option `refine` states.
         `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
         """
         return excitation(len(noise), prompt, self.step_size, guided=self.guided, refine=self.refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Neglect of the most neglected entity; the trace stores the mean over all entities as the term "neglect".
+        """Neglect of the most neglected entity.
 
-        The neglect of an entity is 1 minus the maximum of its sharpened and smoothed map (`entity_maps`).
+        The neglect of an entity is 1 minus the maximum of its sharpened and smoothed map (`entity_maps`). The trace
+        stores the mean neglect of all entities as the term "neglect".
         """
         maps = entity_maps(attention.mean, prompt, normalize_eot=self.normalize_eot)
         neglect = 1 - maps.amax((1, 2))

@@ -1,26 +1,34 @@
-"""Attention Regulation: optimize the scores of target words in each layer, so that each gets its share of attention.
+"""Attention Regulation: optimize the scores of the nouns in each layer, so that each noun gets its share of attention.
 
 Zhang et al., "Enhancing Semantic Fidelity in Text-to-Image Synthesis: Attention Regulation in Diffusion Models", ECCV
 2024 (arXiv:2403.06381), and its released code (github.com/YaNgZhAnG-V5/attention_regulation,
-attention_regulation/attn_processor.py, and txt2img.py for the settings). In each cross-attention layer with 16 x 16
-maps, in the first 25 of 50 steps, the scores of the nouns' tokens k receive an addend per head, a sum of Gaussians at a
-grid of centers c (standard deviation sigma = a sixteenth of the map, distance 2 sigma) with weights w[c, k]:
+attention_regulation/attn_processor.py, and txt2img.py for the settings). In the first 25 of 50 steps, each
+cross-attention layer with 16 x 16 maps adds numbers to the scores of the noun tokens k. For each token and head, these
+numbers are a sum of Gaussians over the map, with centers c and weights w[c, k]. The sum is called the addend. The
+centers form a grid with distance 2 sigma. The standard deviation sigma is a sixteenth of the map's side. The weights
+minimize
 
     L = mean_k (q90(A_k) - 0.9)^2 + 80 mean_k (mean A_k - min(1, 0.2 n) / n)^2 + 0.09 mean w^2
 
-A_k is the map after the softmax with the addend, q90 its 0.9 quantile over locations, n the number of the nouns'
-tokens. Gradient descent makes 20 iterations with step size 100, and keeps the addend with the least L. Three quarters
-of this addend plus a quarter of the one kept at the previous denoising step, multiplied by 0.99 to the power of the
-number of the denoising step (counted from 0), are added to the scores. Start-of-text and end-of-text keep the attention
-that they have without the addend, so that the attention of a location sums to more than 1.
+A_k is the map of token k after the softmax of the scores with the addend. q90(A_k) and mean A_k are the 0.9 quantile
+and the mean of this map over locations. n is the number of noun tokens. Gradient descent makes 20 iterations with step
+size 100, and returns the addend with the least L. At step t, counted from 0, the sum that is added to the scores is
 
-With equal initial weights the addend equals that of the released code to a relative 1e-5
+    0.99^t (0.75 addend of this step + 0.25 addend of the previous step)
+
+Start-of-text and end-of-text keep the attention that they have without the addend. The attention of a location to all
+tokens therefore no longer sums to 1.
+
+With the same initial weights, the addend equals that of the released code, up to a relative error of 1e-5
 (``tests/parity/test_scores.py``).
 
-Intended differences: weights start at 0.5, the mean of the random initial weights in the released code, so that a run
-depends on its seed alone; the addend with the least L is chosen for each image (for the whole batch in the released
-code); sigma is at least one location; padding that is hidden from the image (T5 in PixArt) is not part of the softmax
-in L.
+Intended differences from the released code:
+
+* Weights start at 0.5, so that a run depends on its seed alone. The released code starts from random weights with this
+  mean.
+* The addend with the least L is chosen for each image. The released code chooses it for the whole batch.
+* sigma is at least one location.
+* Padding that is hidden from the image (T5 in PixArt) is not part of the softmax in L.
 """
 
 from __future__ import annotations
@@ -48,12 +56,13 @@ _SIGMAS = 16  # standard deviations per side of a map
 
 @dataclass
 class Addends:
-    """State of Attention Regulation for one image: the addend that each layer kept at the previous step.
+    """State of Attention Regulation for one image: what each layer added to the attention scores at the previous step.
 
     Attributes
     ----------
     last : dict of str to Tensor, (head, y, x, target)
-        Addend by name of the layer; empty at the first step.
+        Addend that each layer optimized at the previous step, by the layer's name; empty at the first step. The targets
+        are the noun tokens.
     """
 
     last: dict[str, Tensor] = field(default_factory=dict)
@@ -63,27 +72,29 @@ class Addends:
 class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
     """Attention Regulation (Zhang et al., ECCV 2024), for models with cross-attention layers.
 
-    In each layer and denoising step, gradient descent optimizes an addend to the attention scores of the nouns. The
-    module `elakit.guidance.attention_regulation` states the equations and all differences from the source.
+    In each layer and denoising step, gradient descent optimizes an addend: numbers that are added to the attention
+    scores of the nouns. The module `elakit.guidance.attention_regulation` states the equations and all differences from
+    the source.
 
     Parameters
     ----------
     step_size : float
-        Step size of the gradient descent that optimizes the scores of a layer; 100 in the released code.
+        Step size of the gradient descent that optimizes the addend of a layer; 100 in the released code.
     iterations : int
         Number of iterations of the gradient descent in each layer and denoising step; 20 in the released code.
     guided : float
-        Share of the denoising steps in which scores are optimized, from the first; 25 of 50 in the released code.
+        Share of the denoising steps in which scores are changed, beginning with the first step. The released code
+        changes scores in the first 25 of 50 steps.
     share_weight : float
-        Weight of the loss term for each noun's mean attention; 80 in the released code.
+        Weight of the loss term that keeps each noun's mean attention near a goal; 80 in the released code.
     weight_cost : float
         Weight of the loss term that penalizes large addends; 0.09 in the released code.
     memory : float
-        Weight, from 0 to 1, of the previous denoising step's addend in the mixture with that of the present step; 0.25
-        in the released code.
+        Weight of the previous step's addend, from 0 to 1; 0.25 in the released code. The addend of the present step has
+        the weight ``1 - memory``.
     decay : float
-        Base, from 0 to 1, of the factor ``decay**step`` by which the addend is multiplied at a denoising step, counted
-        from 0; 0.99 in the released code.
+        Number from 0 to 1; 0.99 in the released code. At step t, counted from 0, the weighted sum of the two addends is
+        multiplied by ``decay**t``.
     layers, size
         Layers and map size that are regulated; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -128,13 +139,13 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         return Addends()
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that the options `layers` and `size` select.
+        """Layers that the options `layers` and `size` select; `latent` is the (height, width) of the latent.
 
         Raises
         ------
         SettingError
-            A selected layer has another kind of attention than plain cross-attention, such as joint attention (FLUX),
-            or a selected layer is read at the attention call (Sana, HunyuanDiT).
+            A selected layer has no plain cross-attention. For example, FLUX has joint attention. Also raised if a
+            selected layer is read at the attention call (Sana, HunyuanDiT).
         """
         chosen = super().select(layers, latent)
         check_plain(chosen, "AttentionRegulation")
@@ -143,9 +154,10 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Addends
     ) -> ScoreEdit:
-        """Return the edit that, in each layer that is read, optimizes an addend to the scores of one image.
+        """Return the edit of one image's attention scores in one denoising step.
 
-        `attention` and `size` are not used.
+        In each layer that is read, the edit optimizes numbers, and adds them to the scores of the nouns. `state` keeps
+        these numbers for the next step. `attention` and `size` are not used.
         """
         targets = targets_of(prompt)
         end = end_of_text(prompt)
@@ -173,10 +185,12 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         return ScoreEdit(change)
 
     def optimize(self, scores: Tensor, targets: Sequence[int], bumps: Tensor, weights: Tensor) -> Tensor:
-        """Optimize an addend to the target tokens' scores by gradient descent; return the addend of the best iteration.
+        """Optimize an addend by gradient descent, and return the addend of the best iteration.
 
-        The best iteration is the one with the least loss ``strength + share_weight * share + weight_cost * square``.
-        Strength and share are the results of `objective`, and square is the mean square of the Gaussians' weights.
+        An addend is an array of numbers that are added to the attention scores of the target tokens, the noun tokens.
+        The best iteration has the least loss ``strength + share_weight * share + weight_cost * square``. Here,
+        ``strength`` and ``share`` are the results of `objective`, and ``square`` is the mean square of the Gaussians'
+        weights.
 
         Parameters
         ----------
@@ -211,9 +225,10 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         return best
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Addends) -> Loss:
-        """Loss for the trace only: the term "strength", plus `share_weight` times the term "share".
+        """Loss that the trace stores: the term "strength", plus `share_weight` times the term "share".
 
-        The two terms are those of `objective`, for the mean maps of the regulated layers.
+        The function `objective` computes both terms from the mean maps of the regulated layers. This loss is not
+        optimized; `optimize` has a loss of its own for each layer.
         """
         strength, shares = objective(attention.mean[targets_of(prompt)][None])
         terms = {"strength": strength, "share": shares}
@@ -227,23 +242,25 @@ def targets_of(prompt: Prompt) -> list[int]:
 
 
 def objective(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """First two terms of the loss: squared deviations of each map's 0.9 quantile and mean from their goals.
+    """First two terms of the loss, "strength" and "share", which compare the maps of the target tokens with goals.
 
-    The goal of the 0.9 quantile over locations is 0.9, too. The goal of the mean is min(1, 0.2 n) / n, with n the
-    number of targets. Both terms are means over heads and targets.
+    "strength" is the squared difference between a map's 0.9 quantile over locations and the goal 0.9. "share" is the
+    squared difference between a map's mean over locations and the goal min(1, 0.2 n) / n, where n is the number of
+    target tokens. Both terms are averaged over heads and target tokens.
 
     Parameters
     ----------
     maps : Tensor, (head, target, y, x)
-        Probabilities.
+        Attention probabilities.
 
     Returns
     -------
     strength, share : Tensor, scalar
-        Terms of the quantiles and of the means.
 
     Examples
     --------
+    Two maps with the value 0.5 at every location:
+
     >>> [round(float(term), 4) for term in objective(torch.full((1, 2, 4, 4), 0.5))]  # (.5 - .9)^2, (.5 - .2)^2
     [0.16, 0.09]
     """
@@ -256,8 +273,8 @@ def objective(maps: Tensor) -> tuple[Tensor, Tensor]:
 def gaussians(size: tuple[int, int]) -> Tensor:
     """Gaussians around the centers of a regular grid, each with the value 1 at its center.
 
-    The standard deviation sigma is 1/16 of the map's longer side, rounded down, but at least one location. Rows and
-    columns of the centers are 2 sigma, 4 sigma and so on, up to the border of the map.
+    The standard deviation sigma is 1/16 of the map's longer side, rounded down, but at least one location. The row and
+    column indices of the centers, counted from 0, are the multiples 2 sigma, 4 sigma and so on that lie inside the map.
 
     Parameters
     ----------
@@ -271,6 +288,8 @@ def gaussians(size: tuple[int, int]) -> Tensor:
 
     Examples
     --------
+    A 16 x 16 map has 7 x 7 centers. A 4 x 4 map has one center, at row 2 and column 2:
+
     >>> gaussians((16, 16)).shape, [round(value, 2) for value in gaussians((4, 4))[0, 2].tolist()]
     (torch.Size([49, 16, 16]), [0.14, 0.61, 1.0, 0.61])
     """

@@ -2,38 +2,49 @@
 
 Dahary et al., "Be Yourself: Bounded Attention for Multi-Subject Text-to-Image Generation", ECCV 2024
 (arXiv:2403.16990), and its released code (github.com/omer11a/bounded-attention, bounded_attention.py, and run_sd.py for
-the settings of Stable Diffusion). In all layers and passes, with M_s the region of subject s:
+the settings of Stable Diffusion). A subject is an entity of the prompt, and M_s is the region of subject s. Attention
+is bounded in all layers and in every pass:
 
     cross-attention   the words of s are hidden outside M_s; function words (see `function_words`) are hidden
                       everywhere, and end-of-text is hidden in the background
     self-attention    locations of M_s do not attend to locations of other subjects, in the conditional and the
                       unconditional pass
 
-In the first 15 of 50 steps, M_s is the given region of s, and the latent also moves along the negative raw gradient of
+In the first 15 of 50 steps, M_s is the given region of s. In these steps, the latent also moves along the negative raw
+gradient of the loss
 
     L = sum_s 1.5 (1 - cross_s)^2 + 0.5 (1 - self_s)^2,    cross_s and self_s = inside / (inside + n background)
 
-at most 5 times per step, with n the number of subjects. The first update at which L / n is at most 0.2 is still made,
-and is the last one of its step. The step size falls from 8 toward 2. "inside" is the sum of attention over heads and
-the locations of M_s, "background" the sum over heads and the locations of no region. Both are averaged over the layers
-of the middle block and of the first upward block with cross-attention. In cross-attention they sum the attention to the
-words of s and to end-of-text, in self-attention the attention to the locations of M_s. In the passes from which this
-gradient is computed, words are also visible in the background, and end-of-text everywhere.
+Here, n is the number of subjects. "inside" is a sum of attention over heads and the locations of M_s. "background" is
+the same sum over heads and the locations of no region. For cross_s, both sums contain the attention to the words of s
+and to end-of-text. For self_s, both sums contain the attention to the locations of M_s. The sums are averaged over the
+layers of the middle block and of the first upward block with cross-attention. In the passes that compute this gradient,
+the words of s are also visible in the background, and end-of-text is visible everywhere.
 
-After the first 15 steps the regions are found in the image: at every fifth step, the mean self-attention of all passes
-so far is clustered (three clusters per subject). Let A be the cross-attention of a subject, and c its sharpened form:
-sigmoid(10 (A / max A - 0.2)), scaled linearly to the range from 0 to 1, and set to 0 outside the subject's last region.
-The overlap of a cluster and the subject is the sum of c over the cluster, divided by the sum of c over all locations or
-by the area of the cluster, whichever is smaller. Each cluster is assigned to the subject with the largest overlap if
-this overlap is at least 0.2, else to no subject.
+The latent moves at most 5 times per step. As soon as L / n is at most 0.2, one last update of the step is made. The
+step size falls from 8 toward 2.
 
-On given tensors the loss and the assignment of clusters equal those of the released code
+After the first 15 steps, the regions are found in the image. At every fifth step, the mean self-attention of all passes
+so far is divided into clusters of locations, three per subject. Each cluster is assigned to the subject with the
+largest overlap if this overlap is at least 0.2, and otherwise to no subject. The overlap is computed as follows:
+
+* The cross-attention A of a subject is sharpened to sigmoid(10 (A / max A - 0.2)).
+* The sharpened map is scaled linearly to the range from 0 to 1, and set to 0 outside the subject's last region. The
+  result is the map c.
+* The overlap is the sum of c over the cluster, divided by the smaller of two numbers: the sum of c over all locations,
+  and the area of the cluster.
+
+On given tensors, the loss and the assignment of clusters equal those of the released code
 (``tests/parity/test_scores.py``).
 
-Intended differences: k-means has 10 starts with fixed seeds and 20 iterations (100 random starts in the released code);
-the words that are hidden everywhere come from a list instead of a part-of-speech tagger; L / n is compared with 0.2 for
-each image, not for a batch. Settings for Stable Diffusion XL in the released code: step sizes 18 and 5, layers of the
-first upward block.
+Intended differences from the released code:
+
+* k-means has 10 starts with fixed seeds and 20 iterations. The released code has 100 random starts.
+* The words that are hidden everywhere come from a list. The released code uses a part-of-speech tagger.
+* L / n is compared with 0.2 for each image. The released code compares it for a batch.
+
+For Stable Diffusion XL, the released code has other settings: step sizes 18 and 5, and the layers of the first upward
+block.
 """
 
 from __future__ import annotations
@@ -76,24 +87,26 @@ _REFINED = 0.1  # share of the steps from one clustering to the next
 
 @dataclass
 class Bounds:
-    """State of Bounded Attention for one image.
+    """State of the method Bounded Attention for one image: mean attention so far, and the regions found in it.
 
     Attributes
     ----------
     steps : int
-        Denoising steps of the run.
+        Number of denoising steps of the run.
     masks : ndarray, bool, (entity, y, x), or None
-        Regions found by clustering; None as long as the given regions are used.
+        Regions found by clustering the locations of the image; None as long as the given regions are used.
     cross : Tensor, (entity, location), or None
-        Cross-attention of the last token of each noun, mean over passes and layers; None before the first pass.
+        Attention to the last token of each entity's noun, averaged over denoiser calls, layers and heads; None before
+        the first call.
     own : Tensor, (location, location), or None
-        Self-attention, mean over passes and layers; None before the first pass.
+        Self-attention from each location (row) to all locations, averaged over denoiser calls, layers and heads; None
+        before the first call.
     passes : int
-        Number of passes in `cross` and `own`.
+        Number of denoiser calls over which `cross` and `own` are averaged.
     size : tuple of int
-        (rows, columns) of the maps in `cross` and `own`.
-    centers : ndarray or None
-        Centers of the last clustering, from which the next one starts.
+        (rows, columns) of the maps that `cross` and `own` contain in flattened form.
+    centers : ndarray, (cluster, location), or None
+        Cluster centers of the last clustering, from which the next clustering starts; None before the first clustering.
     """
 
     steps: int
@@ -105,9 +118,10 @@ class Bounds:
     centers: np.ndarray | None = None
 
     def add(self, attention: Attention, nouns: Sequence[int]) -> None:
-        """Include the attention of one more pass in the means; `nouns` has one text position per entity.
+        """Add the attention of one more denoiser call to the means `cross` and `own`.
 
-        Only those layers of the pass are used that have the largest maps.
+        In `attention`, only the layers with the largest maps are used. `nouns` has one text position per entity: the
+        last token of the entity's noun.
         """
         largest = max(layer.shape[-2:].numel() for layer in attention.cross)
         cross = torch.stack([layer.mean(0) for layer in attention.cross if layer.shape[-2:].numel() == largest]).mean(0)
@@ -124,38 +138,40 @@ class Bounds:
 
 @dataclass(frozen=True)
 class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
-    """Bounded Attention (Dahary et al., ECCV 2024), with given regions, for models with cross-attention layers.
+    """Bounded Attention (Dahary et al., ECCV 2024): keep the attention of each entity in its given region.
 
-    The module `elakit.guidance.bounded_attention` states the equations and all differences from the source.
+    In all denoising steps, attention scores are changed before the softmax. In the first steps, the latent also moves
+    along the gradient of a loss. The model must have plain cross-attention layers. The module
+    `elakit.guidance.bounded_attention` states the equations and all differences from the source.
 
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        One region per entity, in the order of the prompt: boxes as fractions of the image, or masks. If they leave no
-        background, the loss is 0: attention is bounded, and the latent does not move.
+        One region per entity, in the order of the prompt: boxes as fractions of the image, or masks. If the regions
+        cover the whole image, the loss is 0 and the latent does not move; attention scores still change.
     step_size : float
         Step size at the first guided step; 8 in the released code for Stable Diffusion.
     last_step_size : float
-        Value toward which the step size changes linearly; it would be reached one step after the last guided step. 2 in
-        the released code for Stable Diffusion.
+        Value toward which the step size changes linearly; 2 in the released code for Stable Diffusion. The step size
+        would reach this value one step after the last guided step.
     guided : float
-        Share of the denoising steps in which the latent moves, from the first; 15 of 50 in the released code. In later
-        steps the regions are found by clustering the attention of the image.
+        Share of the denoising steps in which the latent moves, beginning with the first step; 15 of 50 in the released
+        code. In later steps, the given regions are replaced by regions found by clustering the attention of the image.
     iterations : int
-        Largest number of updates per step; 5 in the released code.
+        Largest number of updates of the latent per denoising step; 5 in the released code.
     until : float
-        Threshold of the loss per entity: the first update at which the loss is at or below it is still made, and is the
-        last one of its step; 0.2 in the released code.
+        Threshold of the loss divided by the number of entities; 0.2 in the released code. An update with a loss at or
+        below the threshold is still made, and is the last update of its denoising step.
     cross : float
-        Weight of cross-attention in the loss; 1.5 in the released code.
+        Weight of the loss term for cross-attention; 1.5 in the released code.
     own : float
-        Weight of self-attention in the loss; 0.5 in the released code.
+        Weight of the loss term for self-attention; 0.5 in the released code.
     clusters : int
-        Number of clusters per entity from which regions are found after the guided steps; 3 in the released code.
+        Number of clusters per entity in the clustering after the guided steps; 3 in the released code.
     layers : str, optional
         Layers that the loss reads: "up", "down", "mid", "all" or a glob on layer names such as "up_blocks.1.*". By
-        default the middle block and the first upward block with cross-attention (all layers of PixArt). Attention is
-        bounded in all layers.
+        default the middle block and the first upward block with cross-attention, or all layers in PixArt. Attention
+        scores change in all layers, whatever the loss reads.
 
     Raises
     ------
@@ -198,26 +214,29 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
             check_acts(self, "iterations=1", "until")
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that the option `layers` selects; by default those of the middle and the first upward block.
+        """Select the layers that the loss reads, according to the method's option `layers`.
+
+        By default, these are the layers of the middle block and of the first upward block. The argument `layers` has
+        all cross-attention layers of the model. `latent`, the (height, width) of the latent, is not used.
 
         Raises
         ------
         SettingError
-            The model has layers that are not plain cross-attention, such as joint attention (FLUX), or that are read at
+            The model has layers other than plain cross-attention: joint attention (FLUX), or layers that are read at
             the attention call (Sana, HunyuanDiT).
         """
         check_plain(layers, "BoundedAttention")
         return super().select(layers, latent)
 
     def begin(self, prompt: Prompt, steps: int) -> Bounds:
-        """Initial state, in which the given regions are used."""
+        """State of one image before a run of `steps` denoising steps: no attention stored, the given regions in use."""
         return Bounds(steps)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates that edit scores in all steps, and also move the latent in a share `guided` of them, from the first.
+        """One update per denoising step; an empty list if the prompt names only one entity.
 
-        There is no update if the prompt names only one entity. `noise` holds the ratio of noise to signal before each
-        denoising step; only the number of steps is used.
+        Every update edits attention scores. The first updates also move the latent; the option `guided` is their share
+        of all updates. `noise` holds the ratio of noise to signal before each denoising step; only its length is used.
         """
         if len(prompt.entities) < 2:
             return []
@@ -229,10 +248,12 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Bounds
     ) -> ScoreEdit:
-        """Return the edit that keeps attention in the given regions or, after the guided steps, in clusters.
+        """Return the edit of attention scores that keeps each entity's attention in its region.
 
-        `attention` is that of the previous denoiser call, None before the first one; `size` is (rows, columns) of the
-        maps that are read.
+        In the guided steps, the regions are the given regions. In later steps, the regions are found by clustering the
+        locations of the image, based on the attention of all calls so far. `attention` is the attention of the previous
+        denoiser call, or None before the first call. `size` is the (rows, columns) of the maps in the first layer that
+        the loss reads.
         """
         if attention is not None:
             state.add(attention, [entity.token_indices[-1] for entity in prompt.entities])
@@ -252,7 +273,11 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
         return ScoreEdit(change, layout_masks(self.regions, size, count) if found is None else found)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Bounds) -> Loss:
-        """Loss L; the trace stores its terms "cross" and "self" as means over entities, without weights."""
+        """Loss that is small if the attention of each entity lies in its region and not in the background.
+
+        The loss is the weighted sum of a term for cross-attention and a term for self-attention. The trace stores these
+        terms as "cross" and "self": means over entities, without the weights.
+        """
         count = len(prompt.entities)
         end = end_of_text(prompt)
         ends = [] if end is None else [end]
@@ -276,15 +301,15 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
         )
 
     def _masks(self, layer: Tensor, count: int) -> Tensor:
-        """Given regions at the size of a layer's maps; bool (entity, y, x).
+        """Masks of the user's regions, at the size of one layer's maps; bool (entity, y, x).
 
-        `layer` is the attention of the layer, (..., y, x); `count` is the number of entities.
+        `layer` is the attention in the layer; its last two dimensions are (y, x). `count` is the number of entities.
         """
         masks = layout_masks(self.regions, (layer.shape[-2], layer.shape[-1]), count)
         return torch.from_numpy(masks).to(layer.device)
 
     def _refine(self, state: Bounds) -> None:
-        """Replace the regions of the state by regions clustered from the attention of the passes so far."""
+        """Find new regions by clustering the mean attention in `state`, and store them as `state.masks`."""
         assert state.cross is not None
         assert state.own is not None
         count = len(state.cross)
@@ -294,9 +319,21 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
 
 
 def shares(seen: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of attention over heads and locations: inside each entity's region, and in the background; each (entity,).
+    """Attention to each entity, summed once inside the entity's region and once in the background.
 
-    `seen` is the attention to each entity, (entity, head, y, x); `masks` are the regions, bool (entity, y, x).
+    Parameters
+    ----------
+    seen : Tensor, (entity, head, y, x)
+        Attention from each location to each entity.
+    masks : Tensor, bool, (entity, y, x)
+        Region of each entity.
+
+    Returns
+    -------
+    inside : Tensor, (entity,)
+        Sum over heads and over the locations of the entity's region.
+    background : Tensor, (entity,)
+        Sum over heads and over the locations outside all regions.
     """
     background = ~masks.any(0)
     inside = (seen * masks[:, None]).sum((1, 2, 3))
@@ -304,10 +341,11 @@ def shares(seen: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _beside(layers: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
-    """Mean over entities of (1 - inside / (inside + count * background))^2; an entity without attention counts as 1.
+    """Mean over entities of (1 - q)^2, with q = inside / (inside + count * background).
 
-    `layers` has a pair (inside, background) per layer, each (entity,), from `shares`; the formula uses their means over
-    layers. `count` is the number of entities.
+    "inside" is the attention to an entity inside its region, "background" the attention to the entity outside all
+    regions. If both are 0, q is 0. `layers` has one pair (inside, background) per layer, as `shares` returns it. Both
+    are averaged over layers before q is computed. `count` is the number of entities.
     """
     inside, background = (torch.stack(list(part)).mean(0) for part in zip(*layers, strict=True))
     return (1 - ratio(inside, inside + count * background)).square().mean()
@@ -321,13 +359,14 @@ def hidden_words(masks: Tensor, prompt: Prompt, function: Sequence[int], length:
     masks : Tensor, bool, (entity, location)
         Region of each entity.
     prompt : Prompt
+        Prompt with the entities of `masks`, in the same order.
     function : sequence of int
-        Positions that are hidden everywhere.
+        Text positions of function words, such as articles. These positions are hidden from all locations.
     length : int
         Number of text positions.
     guidance : bool
-        Whether the bias is for a pass from which the gradient is computed. In such a pass words are visible in the
-        background, too. In the other passes, end-of-text is hidden in the background.
+        True for a denoiser call from which a gradient is computed: each entity's words are then also visible in the
+        background. False for a call of the pipeline: end-of-text is then hidden in the background.
 
     Returns
     -------
@@ -347,12 +386,23 @@ def hidden_words(masks: Tensor, prompt: Prompt, function: Sequence[int], length:
 
 
 def hidden_subjects(masks: Tensor) -> Tensor:
-    """Bias of self-attention scores, (location, location), that hides regions of different subjects from each other.
+    """Bias of self-attention scores that hides the regions of different entities from each other.
 
-    It is -10,000 for two locations in regions of different subjects, else 0.
+    Parameters
+    ----------
+    masks : Tensor, bool, (entity, location)
+        Region of each entity.
+
+    Returns
+    -------
+    Tensor, (location, location)
+        -10,000 if both locations are in regions, but not in the same region; else 0.
 
     Examples
     --------
+    The first location is in the first region, the second location in the second region, and the third in no region. A 1
+    marks a pair of locations that are hidden from each other.
+
     >>> hidden_subjects(torch.tensor([[True, False, False], [False, True, False]])).bool().int().tolist()
     [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
     """
@@ -362,13 +412,16 @@ def hidden_subjects(masks: Tensor) -> Tensor:
 
 
 def function_words(prompt: Prompt) -> list[int]:
-    """Positions of the tokens of function words, which are listed in `FUNCTION_WORDS`.
+    """Text positions of the function words in a prompt.
 
-    They are articles, prepositions, conjunctions, pronouns, numerals, and the words "left", "right", "top" and
-    "bottom". A function word that is the noun or an attribute of an entity is left out.
+    Function words are articles, prepositions, conjunctions, pronouns, numerals, and the words "left", "right", "top"
+    and "bottom"; `FUNCTION_WORDS` lists them. A function word that is the noun or an attribute of an entity is left
+    out.
 
     Examples
     --------
+    Position 0 is start-of-text, so the prompt's first word "a" has position 1:
+
     >>> import elakit
     >>> function_words(elakit.parse("a [bear] and a [clock]", elakit.load("picture-world")))  # a, and, a
     [1, 3, 4]
@@ -384,16 +437,18 @@ def clustered(own: Tensor, clusters: int, centers: np.ndarray | None) -> tuple[n
     Parameters
     ----------
     own : Tensor, (location, location)
-        Self-attention from each location (row) to all. The function divides each column by its maximum first.
+        Self-attention from each location (row) to all locations. Before the clustering, each column is divided by its
+        maximum.
     clusters : int
         Number of clusters.
     centers : ndarray, (cluster, location), or None
-        Centers to start from; None for several starts with fixed seeds, of which the best is kept.
+        Cluster centers to start from. With None, k-means runs from several starts with fixed seeds, and the result with
+        the smallest distances to the cluster centers is kept.
 
     Returns
     -------
     labels : ndarray, int, (location,)
-        Cluster of each location.
+        Index of each location's cluster.
     centers : ndarray, (cluster, location)
         Centers of the clusters, from which the next clustering can start.
     """
@@ -408,27 +463,36 @@ def clustered(own: Tensor, clusters: int, centers: np.ndarray | None) -> tuple[n
 
 
 def assigned(labels: np.ndarray, cross: Tensor, last: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """Assign each cluster to an entity, and return the region of each entity: all its clusters together.
+    """Assign clusters of locations to entities; the region of an entity consists of all its clusters.
 
-    Let A be the cross-attention of an entity, and c its sharpened form: sigmoid(10 (A / max A - 0.2)), scaled linearly
-    to the range from 0 to 1, and set to 0 outside the entity's region in `last`. The overlap of a cluster and the
-    entity is the sum of c over the cluster, divided by the sum of c over all locations or by the number of locations in
-    the cluster, whichever is smaller. A cluster is assigned to the entity with the largest overlap if this overlap is
-    at least 0.2, else to no entity. An entity without a cluster gets its given region, which is removed from the other
-    regions.
+    A cluster is assigned to the entity with which it has the largest overlap. If this overlap is below 0.2, the cluster
+    is assigned to no entity. An entity without a cluster gets the region given by the user. The given region is then
+    removed from the regions of the other entities.
 
     Parameters
     ----------
     labels : ndarray, int, (location,)
-        Cluster of each location.
+        Index of each location's cluster.
     cross : Tensor, (entity, location)
-        Cross-attention of the nouns.
-    last, given : ndarray, bool, (entity, y, x)
-        Regions of the previous clustering (at first the given ones), and the regions given by the user.
+        Attention from each location to the noun of each entity.
+    last : ndarray, bool, (entity, y, x)
+        Regions found by the previous clustering; at the first clustering, the regions given by the user.
+    given : ndarray, bool, (entity, y, x)
+        Regions given by the user.
 
     Returns
     -------
     ndarray, bool, (entity, y, x)
+        New region of each entity.
+
+    Notes
+    -----
+    The overlap of a cluster and an entity is computed in three steps:
+
+    1. The attention A to the entity is sharpened: c = sigmoid(10 (A / max A - 0.2)).
+    2. c is scaled linearly to the range from 0 to 1, and set to 0 outside the entity's region in `last`.
+    3. The sum of c over the cluster is divided by the smaller of two numbers: the sum of c over all locations, and the
+       number of locations in the cluster.
     """
     sharp = torch.sigmoid(_SHARPNESS * (cross / (cross.amax(1, keepdim=True) + _SMALL) - _CROSS))
     low, high = sharp.amin(1, keepdim=True), sharp.amax(1, keepdim=True)
@@ -448,6 +512,6 @@ def assigned(labels: np.ndarray, cross: Tensor, last: np.ndarray, given: np.ndar
 
 
 def resized(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Masks at another size, by nearest neighbor."""
+    """Masks resized to `size`, (rows, columns), by nearest-neighbor interpolation; bool (entity, y, x)."""
     found: np.ndarray = F.interpolate(torch.from_numpy(masks)[None].float(), size=size, mode="nearest-exact")[0].numpy()
     return found > 0.5

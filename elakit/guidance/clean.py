@@ -82,21 +82,24 @@ def predicted_clean(scheduler: Any, output: Tensor, latents: Tensor, level: floa
     latents : Tensor
         Latents before the step, as the scheduler received them.
     level : float
-        Ratio of noise to signal of the latents, from `elakit.guidance.engine.noise_levels`.
+        Ratio of noise to signal in the latents, as `elakit.guidance.engine.noise_levels` computes it.
 
     Returns
     -------
     Tensor or None
-        In float32, in the shape of the latents; None if the scheduler has an unknown prediction type.
+        Clean latents in float32, in the shape of `latents`; None if the scheduler has an unknown prediction type.
 
     Notes
     -----
-    With s = 1 / sqrt(1 + level²) and n = level s, latents of unit variance are x = s x0 + n e. The output is e
-    ("epsilon"), s e - n x0 ("v_prediction") or x0 ("sample"). In flow matching x = (1 - t) x0 + t e, and the output is
-    e - x0.
+    Let x0 be the clean latents and e the noise. In diffusion, latents of unit variance are x = s * x0 + n * e, with
+    s = 1 / sqrt(1 + level²) and n = level * s. The output depends on the prediction type: e for "epsilon",
+    s * e - n * x0 for "v_prediction", and x0 for "sample". In flow matching, latents are x = (1 - t) * x0 + t * e, with
+    t = level / (1 + level), and the output is e - x0.
 
     Examples
     --------
+    The latents are mixed from clean latents of 1 and noise of -2. From the noise, the 1 is computed again:
+
     >>> from diffusers import DDIMScheduler
     >>> scheduler = DDIMScheduler()
     >>> scheduler.set_timesteps(3)

@@ -1,14 +1,20 @@
-"""CONFORM: maps of an object and its attributes attract each other, maps of different objects repel each other.
+"""CONFORM: maps of an entity and its attributes attract each other, maps of different entities repel each other.
 
 Meral et al., "CONFORM: Contrast is All You Need For High-Fidelity Text-to-Image Diffusion Models", CVPR 2024
-(arXiv:2312.06059), and its official code (github.com/gemlab-vt/CONFORM). The loss is NT-Xent, a contrastive loss over
-the maps of every token of the entities and attributes, from the present pass and from the last pass of the previous
-step (`elakit.guidance.contrast`). Maps are raw probabilities (the code's notebook switches the softmax over tokens
-off), smoothed as in Attend-and-Excite. Step size and guided steps are Attend-and-Excite's. In a run of 50 steps, twenty
-additional updates are made at each of the steps 0, 10 and 20, whatever the loss is. Maps of the same class (an entity
-with its attributes) form pairs. At the first step, which has no previous maps, a class of a single map has no pair; if
-no class has a pair, the latent is not moved. Loss and gradient equal those of the official code to rounding
-(``tests/parity/test_losses.py``).
+(arXiv:2312.06059), and its official code (github.com/gemlab-vt/CONFORM).
+
+The loss is NT-Xent, a contrastive loss on maps (`elakit.guidance.contrast`). It uses one map per token of each entity's
+noun and attributes, from the current denoiser call and from the last call of the previous step. The maps are raw
+attention probabilities, smoothed as in Attend-and-Excite. They are not sharpened by a softmax over tokens, since the
+notebook of the official code switches this softmax off.
+
+Two maps form a pair if they belong to the same entity, attributes included. At the first step there are no previous
+maps, so that an entity of a single token without attributes has no pair. If no entity has a pair, the latent does not
+move.
+
+As in Attend-and-Excite, the first 25 of 50 steps are guided, and the step size falls from 20 at step 0 to 20 sqrt(1/2)
+at the last step of the run. At each of the steps 0, 10 and 20 of 50, twenty additional updates are made, whatever the
+loss is. Loss and gradient equal those of the official code to rounding (``tests/parity/test_losses.py``).
 
 Intended difference: a prompt of fewer than two entities is not guided.
 """
@@ -30,23 +36,25 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True)
 class CONFORM(ReadsOneSize):
-    """CONFORM (Meral et al., CVPR 2024): a contrastive loss over the maps of entities and their attributes.
+    """CONFORM (Meral et al., CVPR 2024): a contrastive loss on the maps of entities and their attributes.
 
+    The loss is small if the maps of an entity and its attributes are similar, and maps of different entities are not.
     The module `elakit.guidance.conform` states the equations and all differences from the source.
 
     Parameters
     ----------
     step_size : float
-        Step size alpha at the first step; 20 in the official code. It decreases over the run, from this value at the
-        first step to sqrt(1/2) times this value at the last.
+        Step size alpha at the first step; 20 in the official code. The step size decreases over the run, to sqrt(1/2)
+        times this value at the last step.
     guided : float
-        Share of the denoising steps that are guided, from the first; 25 of 50 by default in the official code, 30 in
-        its notebook.
+        Share of the denoising steps that are guided, beginning with the first step. In the official code, 25 of 50
+        steps are guided by default, and 30 of 50 in the notebook.
     refinements : int
-        Number of additional updates at each of three points, after shares 0, 0.2 and 0.4 of the denoising steps; 20 at
-        each in the official code.
+        Number of additional updates at each of three denoising steps: the first step, and the steps after 20% and 40%
+        of the run. 20 in the official code.
     temperature : float
-        Temperature tau of the NT-Xent loss; 0.5 in the official code.
+        Temperature tau by which the contrastive loss (NT-Xent) divides the similarities of maps; 0.5 in the official
+        code.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -85,9 +93,10 @@ class CONFORM(ReadsOneSize):
         return Memory()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates with decreasing step sizes, and refinements at some steps; no update for a prompt of one entity.
+        """One update per guided step, with decreasing step sizes; an empty list for a prompt of one entity.
 
-        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        At three steps (the first, and those after 20% and 40% of the run), the update includes a refinement. `noise`
+        holds the ratio of noise to signal before each denoising step; only its length is used.
         """
         if len(prompt.entities) < 2:
             return []
@@ -96,6 +105,10 @@ class CONFORM(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:
-        """NT-Xent loss over the maps of this step and the previous one; the trace stores it as the term "contrast"."""
+        """Contrastive loss (NT-Xent) on the entities' maps of this step and of the previous step.
+
+        The trace stores the loss as the term "contrast". `state` provides the maps of the previous step, and stores the
+        maps of this step.
+        """
         total = contrast(attention.mean, prompt, step, state, self.temperature)
         return Loss(total, {"contrast": float(total.detach())})

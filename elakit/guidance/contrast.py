@@ -1,11 +1,15 @@
 """Contrast of attention maps: maps of one entity attract each other, maps of different entities repel each other.
 
 The loss is that of CONFORM (Meral et al., CVPR 2024, arXiv:2312.06059): NT-Xent, the normalized temperature-scaled
-cross-entropy. Each entity and its attributes form one class. The members of a class are the maps of all its tokens, in
-this pass and in the last pass of the previous step. With s_ij the cosine of maps i and j, and tau the temperature, the
-loss is the mean of the following over all ordered pairs (i, p) of two members of the same class:
+cross-entropy. Each entity forms one class, together with its attributes. The members of the class are the maps of all
+tokens of the entity's noun and attributes: in this denoiser call, and in the last call of the previous step.
 
-    -log( exp(s_ip / tau) / (exp(s_ip / tau) + sum over maps n of other classes of exp(s_in / tau)) )
+Let s_ij be the cosine similarity of maps i and j, and tau the temperature. For two members i and p of the same class,
+let
+
+    l(i, p) = -log( exp(s_ip / tau) / (exp(s_ip / tau) + sum over n of exp(s_in / tau)) )
+
+where n runs over the maps of all other classes. The loss is the mean of l(i, p) over all ordered pairs (i, p).
 """
 
 from __future__ import annotations
@@ -23,25 +27,28 @@ from elakit.prompt import Prompt
 
 
 def contrast(maps: Tensor, prompt: Prompt, step: int, memory: Memory, temperature: float) -> Tensor:
-    """NT-Xent loss over the entities' maps of this step and of the previous one.
+    """Contrastive loss (NT-Xent) on the entities' maps of this step and of the previous step.
+
+    The maps of an entity and its attributes form one class. The loss is small if maps of the same class are similar,
+    and maps of different classes are not.
 
     Parameters
     ----------
     maps : Tensor, (token, y, x)
-        Attention probabilities; they are smoothed as in Attend-and-Excite.
+        Attention probabilities of all text positions; the function smooths them as in Attend-and-Excite.
     prompt : Prompt
     step : int
         Denoising step, counted from 0.
     memory : Memory
-        Memory with the maps of the previous step, in which the call stores those of this step.
+        Memory with the maps of the previous step. The function also stores the maps of this step in the memory.
     temperature : float
-        Temperature tau, above 0.
+        Temperature tau, above 0, by which the similarities of maps are divided.
 
     Returns
     -------
     Tensor, scalar
-        0 if there is only one class, or if no class has two members, as at the first step of a prompt whose entities
-        have one token each.
+        0 if there is only one class, or if every class has only one map. At the first step, a class has only one map
+        if its entity is a single token without attributes.
     """
     tokens = [[*entity.token_indices, *entity.attribute_indices] for entity in prompt.entities]
     owners = [i for i, members in enumerate(tokens) for _ in members]
@@ -54,7 +61,11 @@ def contrast(maps: Tensor, prompt: Prompt, step: int, memory: Memory, temperatur
 
 
 def _nt_xent(vectors: Tensor, classes: Tensor, temperature: float) -> Tensor:
-    """NT-Xent loss of vectors with class numbers; 0 if there is only one class, or no class has two members."""
+    """Contrastive loss (NT-Xent): small if vectors of the same class are similar, and vectors of other classes are not.
+
+    `vectors` is (n, m); `classes` has the class number of each vector, (n,). The loss is 0 if there is only one class,
+    or if every class has only one vector.
+    """
     vectors = unit(vectors)
     scores = vectors @ vectors.T / temperature
     same = classes[:, None] == classes

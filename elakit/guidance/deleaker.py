@@ -1,29 +1,34 @@
 """DeLeaker (Ventura et al., ICLR 2026, arXiv:2510.15015): attention is reweighted where entities leak into each other.
 
-Nothing is optimized: in each layer the attention scores are changed before the softmax. With A the attention
-probabilities of a layer (mean over heads) and T_i the text tokens of entity i:
+No loss is optimized: in each layer the attention scores are changed before the softmax. Let A(x, k) be the attention
+probability of location x for key k in a layer (mean over heads), and T_i the text tokens of entity i.
 
-- mask of an entity: M_i = {x : m_i(x) > mean(m_i) + std(m_i)}, with m_i(x) the mean of A(x, t) over t in T_i, averaged
-  over all layers and steps so far; the mask is then opened and closed (morphology) with a square of 3 x 3 locations,
-  the closing with two iterations;
-- image-text weakening: scores of x in M_i to the tokens of every other entity become minus infinity;
-- image-text strengthening: scores of x in M_i to T_i are multiplied by 1.2, once for each other entity;
-- image-image weakening: for x in M_i and y in M_j, scores become minus infinity where A(x, y) exceeds mean + std of A
-  over M_i x M_j.
+- Mask: the map m_i of entity i is the mean of A(x, t) over the tokens t in T_i, averaged over all layers and steps so
+  far. The mask M_i of the entity has the locations x at which m_i(x) > mean(m_i) + std(m_i). It is cleaned by
+  morphology with a square of 3 x 3 locations: one opening, then one closing of two iterations.
+- Image-text weakening: scores from locations in M_i to the tokens of every other entity become minus infinity.
+- Image-text strengthening: scores from locations in M_i to the tokens T_i are multiplied by 1.2, once for each other
+  entity.
+- Image-image weakening: the score from a location x in M_i to a location y in the mask M_j of another entity becomes
+  minus infinity if A(x, y) exceeds mean + std of A over all such pairs (x, y).
 
-Equations and settings are those of the paper and of the code that its authors released for FLUX.1 (Apache-2.0). In
-that code, with 20 steps and 57 blocks, averaging begins in block 12 of the first step and ends with step 12, and scores
-are changed from block 18 of the first step on. Here blocks are given as shares of the layers, and the end of averaging
-is given as a share of the steps.
+Equations and settings are those of the paper and of the code that its authors released for FLUX.1 (Apache-2.0). That
+code has 20 steps and 57 blocks. It averages maps from block 12 of the first step to the end of step 12, and changes
+scores from block 18 of the first step on. Here a block is given as a share of the layers, and the end of averaging as a
+share of the steps.
 
 For two entities, probabilities equal those of the released code within 2e-6 (``tests/guidance/test_deleaker.py``).
 
-Intended differences: the masks are those of an entity's noun, and the changes concern its noun and its attributes (the
-authors give words by hand, and have no attributes). Minus infinity is -10,000. Maps that are not square are cleaned,
-too, which the released code leaves out. With three or more entities, the cuts of all pairs depend on the layer's
-probabilities before any cut; the released code computes the probabilities again after each pair, so that the order of
-entities matters. In models with separate self- and cross-attention (U-Nets, PixArt), which the authors do not treat,
-masks come from the maps of one size, and image-image weakening changes self-attention.
+Intended differences:
+
+- The mask of an entity comes from the maps of its noun, and the changes concern its noun and its attributes. The
+  authors give the words of an entity by hand, and have no attributes.
+- Minus infinity is -10,000.
+- Masks that are not square are cleaned, too. The released code cleans only square masks.
+- With three or more entities, image-image weakening uses the layer's probabilities before any change for all pairs of
+  entities. The released code computes the probabilities again after each pair, so that the order of entities matters.
+- In models with separate self- and cross-attention (U-Nets, PixArt), masks come from maps of one size, and image-image
+  weakening changes self-attention. The authors do not treat such models.
 """
 
 from __future__ import annotations
@@ -49,22 +54,23 @@ from elakit.prompt import Prompt
 
 @dataclass
 class Leaks:
-    """State of DeLeaker for one image: the sum and number of the entities' maps so far, and the latest masks.
+    """State of DeLeaker for one image: the sum of the entities' maps so far, and the entities' latest masks.
 
     Attributes
     ----------
     steps : int
-        Denoising steps of the run.
+        Number of denoising steps of the run.
     step : int
-        Present step, counted from 0.
+        Current denoising step, counted from 0.
     size : tuple of int
-        (rows, columns) of the maps.
+        (rows, columns) of the maps and masks.
     maps : Tensor, (entity, location), or None
-        Sum of the entities' maps over layers and steps; None before the first map is added.
+        Sum of each entity's maps over layers and steps; None before the first map is added.
     count : int
-        Number of maps per entity in `maps`.
+        Number of maps in the sum of each entity.
     masks : Tensor, bool, (entity, y, x), or None
-        Masks used for the latest layer whose scores were changed; None before the first such layer.
+        Locations where an entity's averaged map is high, as used in the latest layer with changed scores; None before
+        the first such layer.
     """
 
     steps: int
@@ -79,40 +85,40 @@ class Leaks:
 class DeLeaker(EditsFirstSteps, ReadsOneSize):
     """DeLeaker (Ventura et al., ICLR 2026): reweight attention between entities, without a gradient.
 
-    The module `elakit.guidance.deleaker` states the equations and all differences from the source.
+    The mask of an entity has the locations where the entity's map, averaged over layers and steps, is high. The module
+    `elakit.guidance.deleaker` states the equations and all differences from the source.
 
     Parameters
     ----------
     strength : float
-        Factor by which scores from an entity's mask to its own words are multiplied, once for each other entity; 1 does
-        not change them.
+        Factor by which scores from an entity's mask to the entity's own words are multiplied, once for each other
+        entity; 1 for no change.
     threshold : float
-        Number of standard deviations by which an entity's map at a location must exceed the mean of the map, for the
-        location to be in the entity's mask.
+        A location is in an entity's mask if the entity's averaged map at this location exceeds the mean of the map by
+        more than this number of standard deviations.
     image_threshold : float
-        Number of standard deviations by which the attention from a location in one entity's mask to a location in
-        another's must exceed the mean attention between the two masks to be cut. Has an effect only if `cut_image` is
-        True.
+        Attention between the masks of two entities is cut if it exceeds the mean attention between these masks by more
+        than this number of standard deviations. Without effect if `cut_image` is False.
     cut_text : bool
         Whether attention from an entity's mask to the words of other entities is cut (set to 0).
     cut_image : bool
         Whether high attention between the masks of different entities is cut (set to 0).
     start : float
-        Denoising step, counted from 0, at which scores are first changed. Its fractional part is a share of the
-        layers: 0.31 is the first step, after 31% of its layers.
+        Denoising step, counted from 0, from which scores are changed. The fractional part is a share of the layers:
+        0.31 means the first step, after 31% of the layers.
     average_from : float
-        Denoising step, counted from 0, at which the average of the maps begins. Its fractional part is a
-        share of the layers, as for `start`.
+        Denoising step, counted from 0, from which maps are averaged. The fractional part is a share of the layers, as
+        for `start`.
     averaged : float
-        Share of the denoising steps after which the average of the maps, and with it the masks, no longer changes.
+        Share of the denoising steps after which maps are no longer averaged, so that the masks no longer change.
     guided : float
-        Share of the denoising steps in which scores are changed, from the first.
+        Share of the denoising steps in which scores are changed, beginning with the first step.
     layers : str
         Layers that are read for the trace: "all", "up" (decoder), "down", "mid" or a glob on layer names such as
-        "up_blocks.1.*". Their map size is that of the masks; scores of all layers are changed.
+        "up_blocks.1.*". The masks have the size of these layers' maps. Scores are changed in all layers.
     size : int, optional
-        Number of locations along the longer side of the maps that give the masks; by default 16, or the nearest that
-        the model has.
+        Number of locations along the longer side of the maps from which the masks are computed; by default 16, or the
+        nearest size that the model has.
 
     Raises
     ------
@@ -156,21 +162,26 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
             check_acts(self, "cut_image=False", "image_threshold")
 
     def begin(self, prompt: Prompt, steps: int) -> Leaks:
-        """Values that the method keeps for one image during a run, as they are before its first step."""
+        """State of one image before a run of `steps` denoising steps, without any maps or masks."""
         return Leaks(steps)
 
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Leaks
     ) -> ScoreEdit:
-        """Return the edit that changes one image's scores in all layers, and adds the entities' maps to `state.maps`.
+        """Return the edit that changes one image's attention scores in all layers.
 
-        `attention` is not used; `size` is (rows, columns) of the maps that are read.
+        When the edit is applied, it also adds the entities' maps to `state.maps`. `attention` is not used. `size` is
+        the (rows, columns) of the maps from which the masks are computed.
         """
         state.step, state.size = step, size
         return ScoreEdit(lambda site, scores: self._change(site, scores, prompt, state))
 
     def _change(self, site: Site, scores: Scores, prompt: Prompt, state: Leaks) -> Change | None:
-        """Change of one layer's scores; None before `start`, or if no maps have been added up yet."""
+        """Change of one layer's attention scores; None before the step `start`, or if `state.maps` is still None.
+
+        `site` describes the layer, and ``scores()`` computes the layer's scores. From the step `average_from` on, the
+        entities' maps in the layer are first added to `state.maps`.
+        """
         now = state.step + site.position
         logits = scores(masked=True)
         probabilities = logits.softmax(-1)
@@ -188,9 +199,11 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
         return Change(change.clamp(min=NEVER))
 
     def _average(self, probabilities: Tensor, first: int, prompt: Prompt, state: Leaks) -> None:
-        """Add the entities' maps of one layer to their sum, unless the share `averaged` of the steps is over.
+        """Add the entities' maps in one layer to the sum `state.maps`.
 
-        `probabilities` is (head, h*w, key); `first` is the key of the first text position.
+        After the share `averaged` of the denoising steps, the sum no longer changes; only an empty sum still gets its
+        first maps. `probabilities` is the layer's attention, (head, location, key). `first` is the index of the first
+        key that is a text position.
         """
         if state.maps is not None and state.step >= math.ceil(self.averaged * state.steps):
             return
@@ -210,21 +223,23 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
                 change[:, :, shared] += NEVER * masks[i][:, None]
 
     def _cuts(self, mean: Tensor, masks: Tensor) -> Tensor:
-        """Bias that cuts high attention between the masks of different entities: -10,000 where it is cut, else 0.
+        """Bias that cuts high attention between the masks of different entities.
 
-        Attention between two masks is high if it exceeds the mean attention between them by more than `image_threshold`
-        standard deviations. Pairs of locations with an attention of 0 do not count in mean and standard deviation.
+        Take two masks, and all pairs of a location in the first mask and a location in the second. The attention of a
+        pair is high if it exceeds the mean over these pairs by more than `image_threshold` standard deviations. Pairs
+        with an attention of 0 are left out of mean and standard deviation.
 
         Parameters
         ----------
         mean : Tensor, (h*w, h*w)
-            Self-attention from each location (row) to all, averaged over heads.
+            Self-attention from each location (row) to all locations, averaged over heads.
         masks : Tensor, bool, (entity, h*w)
             Mask of each entity.
 
         Returns
         -------
         Tensor, (h*w, h*w)
+            -10,000 for each pair of locations with high attention between different masks, else 0.
         """
         cuts = torch.zeros_like(mean)
         for i, j in permutations(range(len(masks)), 2):
@@ -238,8 +253,9 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Leaks) -> Loss:
         """Attention from the entities' masks to the nouns of other entities, for the trace only.
 
-        It is the mean attention from one entity's mask to another's noun, averaged over ordered pairs. Before the first
-        masks are computed, the mean is weighted by the entity's map instead.
+        For two entities e and f, the attention to the noun of f is averaged over the locations in the mask of e. The
+        loss is the mean over all ordered pairs (e, f). Before the first masks are computed, the average is taken over
+        all locations, with the map of e as weights.
         """
         maps = torch.stack([attention.mean[list(e.token_indices)].mean(0) for e in prompt.entities])
         weights = maps if state.masks is None else state.masks.to(maps)
@@ -256,7 +272,10 @@ def _above(maps: Tensor, deviations: float) -> Tensor:
 
 
 def _clean(masks: Tensor) -> Tensor:
-    """Open masks with a square of 3 x 3, then close them with two iterations; locations outside the map are ignored."""
+    """Clean masks by morphology with a square of 3 x 3 locations: one opening, then one closing of two iterations.
+
+    At the border of the map, the part of the square outside the map is ignored. `masks` is bool (entity, y, x).
+    """
     grown = masks[:, None].float()
     for grow in (False, True, True, True, False, False):
         grown = _dilated(grown) if grow else 1 - _dilated(1 - grown)
@@ -268,7 +287,7 @@ def _dilated(masks: Tensor) -> Tensor:
 
 
 def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks at another size; a location is in a mask if the mask covers at least half of it."""
+    """Masks resized to `size`, (rows, columns); a location is in a mask if the mask covers at least half of it."""
     if tuple(masks.shape[1:]) == size:
         return masks
     return torch.from_numpy(area_mean(masks.cpu().numpy(), size) >= 0.5).to(masks.device)

@@ -1,25 +1,27 @@
 """DenseDiffusion: raise attention scores inside given regions, and lower them outside.
 
 Kim et al., "Dense Text-to-Image Generation with Attention Modulation", ICCV 2023 (arXiv:2308.12964), and its released
-code (github.com/naver-ai/DenseDiffusion, gradio_app.py). Let s be the score of a location for a key in one head. Let
-"lowest" and "largest" be the extremes of the location's scores over all keys, and R = 1 for the keys that belong to the
-location. Then the changed score is:
+code (github.com/naver-ai/DenseDiffusion, gradio_app.py). Let s be the score of a location for a key in one head, and
+let "lowest" and "largest" be the extremes of the location's scores over all keys. The changed score is:
 
-    s' = s + w t^5 (1 - a) (largest - s)    where R is 1
-    s' = s - w t^5 (1 - a) (s - lowest)     elsewhere
+    s' = s + w t^5 (1 - a) (largest - s)    for keys that belong to the location
+    s' = s - w t^5 (1 - a) (s - lowest)     for all other keys
 
-a is the share of the image that the location's region covers, t the timestep as a share of 1000, w is 1 in
-cross-attention and 0.3 in self-attention. In cross-attention R is 1 for the words of the entity whose region the
-location is in, and all other keys (such as start-of-text and end-of-text) are lowered; in self-attention R is 1 for the
-locations of the same region, where the rest of the image is one more region, without words. Scores change in all layers
-in the first 30% of the steps. In the whole run, the words of each entity have the text states that they get when they
-are encoded as a separate text.
+Here w is 1 in cross-attention and 0.3 in self-attention, t is the timestep as a share of 1000, and a is the share of
+the image that the location's region covers.
+
+In cross-attention, the words of an entity belong to the locations in the entity's region. All other keys, such as
+start-of-text and end-of-text, are lowered. In self-attention, the locations of the same region belong to each other.
+The rest of the image counts as one more region, without words.
+
+Scores change in all layers in the first 30% of the steps. In the whole run, the words of each entity have the text
+states that result from encoding these words as a separate text.
 
 Changed scores equal those of the released code to a relative 1e-6
 (``tests/parity/test_scores.py``).
 
-Intended difference: the released code reduces masks to the size of a layer by nearest neighbor; here a box has the
-locations whose centers it contains.
+Intended difference: here a box, at the size of a layer, has the locations whose centers lie in the box. The released
+code reduces masks to the size of a layer by nearest neighbor.
 """
 
 from __future__ import annotations
@@ -48,25 +50,27 @@ _FADING = 5  # power of the timestep
 
 @dataclass(frozen=True)
 class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
-    """DenseDiffusion (Kim et al., ICCV 2023), with given regions, for models with cross-attention layers.
+    """DenseDiffusion (Kim et al., ICCV 2023): raise attention scores inside given regions, and lower them outside.
 
-    The module `elakit.guidance.dense_diffusion` states the equations and all differences from the source.
+    The model must have plain cross-attention layers. The module `elakit.guidance.dense_diffusion` states the equations
+    and all differences from the source.
 
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
         One region per entity, in the order of the prompt: boxes as fractions of the image, or masks; they may overlap.
     strength : float
-        Strength of the change of cross-attention scores; 1 in the released code.
+        Strength of the change of cross-attention scores, 0 for no change; 1 in the released code.
     self_strength : float
-        Strength of the change of self-attention scores; 0.3 in the released code.
+        Strength of the change of self-attention scores, 0 for no change; 0.3 in the released code.
     area : float
-        Degree, from 0 to 1, to which the change is weaker in larger regions: it is multiplied by ``1 - area * a``, with
-        a the share of the image that the region covers; 1 in the released code.
+        Degree, from 0 to 1, to which scores change less in larger regions; 1 in the released code. The change is
+        multiplied by ``1 - area * a``, with a the share of the image that the region covers.
     guided : float
-        Share of the denoising steps in which scores change, from the first; 0.3 in the released code.
+        Share of the denoising steps in which scores change, beginning with the first step; 0.3 in the released code.
     layers, size
-        Layers and map size of the trace; see `elakit.guidance.reading.ReadsOneSize`. Scores change in all layers.
+        Layers and map size that are read for the trace; see `elakit.guidance.reading.ReadsOneSize`. Scores change in
+        all layers.
 
     Raises
     ------
@@ -101,19 +105,26 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
             check_acts(self, "strength=0 and self_strength=0", "area")
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that the options `layers` and `size` select.
+        """Select the layers that are read for the trace, according to the method's options `layers` and `size`.
+
+        The argument `layers` has all cross-attention layers of the model. `latent` is the (height, width) of the
+        latent.
 
         Raises
         ------
         SettingError
-            The model has layers that are not plain cross-attention, such as joint attention (FLUX), or that are read at
+            The model has layers other than plain cross-attention: joint attention (FLUX), or layers that are read at
             the attention call (Sana, HunyuanDiT).
         """
         check_plain(layers, "DenseDiffusion")
         return super().select(layers, latent)
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-        """Text states of the prompt, in which each entity's words have the states of a text of these words alone."""
+        """Text states of the prompt, in which the words of each entity are encoded as a separate text.
+
+        For example, the tokens of "a red car" get the states that the text "a red car" alone has. `conditioning` has
+        the text states of a plain run and is not changed; the result is a copy.
+        """
         check_text(adapter, conditioning, "DenseDiffusion")
         states = conditioning.inputs["encoder_hidden_states"].clone()
         for phrase in phrases(adapter, prompt):
@@ -125,7 +136,7 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
     ) -> ScoreEdit:
         """Return the edit that raises scores inside the given regions, and lowers them elsewhere.
 
-        `attention` is not used; `size` is (rows, columns) of the maps that are read.
+        `attention` is not used. `size` is the (rows, columns) of the maps that are read for the trace.
         """
         words = [phrase_positions(prompt, entity) for entity in prompt.entities]
 
@@ -143,7 +154,12 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
         return ScoreEdit(change, layout_masks(self.regions, size, len(prompt.entities)))
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Squared share of attention outside the regions, for the trace only; see `confinement`."""
+        """Measure of the attention outside the regions, for the trace only.
+
+        The loss is the sum of two terms. "outside" is the squared share of an entity's attention outside the entity's
+        region, averaged over entities. "attributes" is the squared share of an attribute token's attention outside the
+        region of its entity, averaged over attribute tokens.
+        """
         maps = attention.mean
         masks: np.ndarray = layout_masks(self.regions, (maps.shape[1], maps.shape[2]), len(prompt.entities))
         return confinement(maps, masks, prompt)
@@ -152,7 +168,8 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
 def modulation(scores: Tensor, belongs: Tensor, amount: Tensor) -> Tensor:
     """Bias that moves the score of each key toward the largest or the lowest score at a location.
 
-    Keys that belong to the location move toward its largest score, the others toward its lowest.
+    Scores of keys that belong to the location move toward the location's largest score. Scores of all other keys move
+    toward the location's lowest score.
 
     Parameters
     ----------
@@ -161,7 +178,7 @@ def modulation(scores: Tensor, belongs: Tensor, amount: Tensor) -> Tensor:
     belongs : Tensor, bool, (location, key)
         Whether each key belongs to the location.
     amount : Tensor, (location, 1)
-        Share of the distance to the largest or lowest score by which scores move.
+        Length of the move, as a share of the distance to the largest or lowest score.
 
     Returns
     -------
@@ -179,16 +196,19 @@ def modulation(scores: Tensor, belongs: Tensor, amount: Tensor) -> Tensor:
 
 
 def same_region(regions: Tensor) -> Tensor:
-    """Pairs of locations in the same region, or both outside all regions; bool (entity, n) -> bool (n, n)."""
+    """Matrix that is True for each pair of locations in the same region; bool (entity, n) -> bool (n, n).
+
+    The locations outside all regions count as one more region.
+    """
     every = torch.cat([regions, ~regions.any(0, keepdim=True)]).float()
     return (every.T @ every) > 0
 
 
 def of_words(regions: Tensor, words: Sequence[Sequence[int]], length: int) -> Tensor:
-    """Pairs of a location and a text position for which the location is in the region of the word's entity.
+    """Matrix of the text positions that belong to each location; bool (n, `length`) for n locations.
 
-    Regions are bool (entity, n), `words` has the text positions of each entity's words, and the result is
-    bool (n, `length`).
+    The words of an entity belong to the locations in the entity's region. `regions` has the region of each entity, bool
+    (entity, n). `words` has the text positions of each entity's words. `length` is the number of text positions.
     """
     belongs = torch.zeros(regions.shape[1], length, dtype=torch.bool)
     for region, positions in zip(regions, words, strict=True):
@@ -197,12 +217,15 @@ def of_words(regions: Tensor, words: Sequence[Sequence[int]], length: int) -> Te
 
 
 def covered(regions: Tensor) -> Tensor:
-    """Share of the image covered by the regions that contain each location; bool (entity, n) -> (n,).
+    """Share of the image that the region of each location covers; bool (entity, n) -> (n,).
 
-    The areas of regions that overlap at a location are added. The rest of the image counts as one more region.
+    The locations outside all regions count as one more region. If a location is in several regions, the shares of these
+    regions are added.
 
     Examples
     --------
+    The region has one of four locations; the rest of the image has the other three:
+
     >>> covered(torch.tensor([[True, False, False, False]]))
     tensor([0.2500, 0.7500, 0.7500, 0.7500])
     """

@@ -1,23 +1,28 @@
 """EBAMA: attributes attract their object, the object is repelled by all other words, and no object is neglected.
 
 Zhang, Yu and Wu, "Object-Conditioned Energy-Based Attention Map Alignment in Text-to-Image Diffusion Models", ECCV
-2024, arXiv:2404.07389, and its official code (github.com/YasminZhang/EBAMA), checked against its compute_loss.py,
-diffusion_pipeline.py, syngen_diffusion_pipeline.py, inference.py and ours.py.
+2024, arXiv:2404.07389, and the official code (github.com/YasminZhang/EBAMA). This module was checked against five files
+of that code: compute_loss.py, diffusion_pipeline.py, syngen_diffusion_pipeline.py, inference.py and ours.py.
 
-With d = 1 - cosine of two raw maps, and A' = smooth(softmax over tokens of 100 A) as in Attend-and-Excite:
+The object of an entity is its noun. A is the raw attention map of a token, and d = 1 - cosine of two such maps. As in
+Attend-and-Excite, A' is the softmax over tokens of 100 A, smoothed over locations. The loss is:
 
-    L = sum over objects s of [sum over its attributes m of d(m, s) - k_s mean over u of d(s, u)]
+    L = sum over objects s of [sum over attributes m of s of d(m, s) - k_s * mean over tokens u of d(s, u)]
         - .5 sum over objects s of max over locations of A'_s
 
-where u runs over the prompt's tokens other than the object and its attributes, function words included, and k_s is the
-number of attributes, at least 1, because the official code repels once per pair of object and attribute. For words of
-several tokens, d(m, s) is the sum over the tokens t of m of the largest d(t, s') among the tokens s' of s; d(s, u) is
-the largest d(s', u) among the tokens s' of s; A'_s is the map of the first token of s. The step size is 20 at steps 0
-to 25 of 50 (26 steps). There is no refinement.
+Here u runs over all tokens of the prompt, function words included, except the tokens of s and its attributes. The
+factor k_s is the number of attributes of s, or 1 if s has no attribute. The factor is needed because the official code
+repels once per pair of object and attribute.
 
-Loss and gradient equal those of the official code to rounding (``tests/parity/test_losses.py``). Intended
-differences: a prompt of fewer than two entities is not guided; gradient passes get latents that have been through the
-scheduler's ``scale_model_input``, which the official code leaves out.
+An object or an attribute can have several tokens. Let t be a token of the attribute m. Then d(t, s) is the largest
+distance between t and a token of s, and d(m, s) is the sum of d(t, s) over all t. Likewise, d(s, u) is the largest
+distance between u and a token of s. A'_s is the map of the first token of s.
+
+The step size is 20 in each of the first 26 of 50 steps. There is no refinement.
+
+Loss and gradient equal those of the official code to rounding (``tests/parity/test_losses.py``). Two differences are
+intended. A prompt of fewer than two entities is not guided. Latents pass through the scheduler's ``scale_model_input``
+before a gradient pass; the official code does not scale them.
 """
 
 from __future__ import annotations
@@ -81,16 +86,22 @@ class EBAMA(ReadsOneSize):
         check_guided(self)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates with equal step sizes; no update for a prompt of one entity.
+        """Plan one update of the latent per guided step, all with the same step size.
 
-        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        A prompt of one entity gets no updates. `noise` holds the ratio of noise to signal before each denoising step;
+        only the number of steps is used.
         """
         if len(prompt.entities) < 2:
             return []
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Sum of "attract", "repel" and the weighted "intensity"; the trace stores "intensity" without its weight."""
+        """Sum of the terms "attract" and "repel" and of the weighted term "intensity".
+
+        "attract" is small if the map of each attribute resembles the map of its noun. "repel" is small if the map of
+        each noun differs from the maps of the other words. "intensity" is the sum of each entity's largest attention,
+        with a minus sign. The trace stores "intensity" without its weight.
+        """
         maps = attention.mean
         attract = repel = maps.new_zeros(())
         for entity in prompt.entities:
@@ -108,7 +119,10 @@ class EBAMA(ReadsOneSize):
 
 
 def unlikeness(some: Tensor, others: Tensor) -> Tensor:
-    """Dissimilarity of each pair of maps, 1 - cosine, (n, y, x) and (m, y, x) -> (n, m); 1 for an empty map.
+    """Dissimilarity of each map in `some` and each map in `others`: 1 minus the cosine similarity of the two maps.
+
+    `some` has shape (n, y, x), `others` has shape (m, y, x), and the result has shape (n, m). The dissimilarity is 1 if
+    one of the two maps is 0 at all locations.
 
     Examples
     --------

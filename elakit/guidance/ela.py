@@ -3,12 +3,14 @@
 Zhang et al., "Easing Concept Bleeding in Diffusion via Entity Localization and Anchoring", ICML 2024
 (PMLR 235:58955-58966).
 
-The paper specifies decoder maps at 16 x 16, the use of start-of-text's map besides those of the entities, disjoint
-regions by differentiation and binarization, one loss term per entity, and a small step ``z' = z - alpha * gradient``.
-It does not specify the exact rules of differentiation and binarization, the form of the loss, the guided steps and
-alpha. This is therefore *our reading of ELA*: whatever the paper leaves open is an option here, with a default chosen
-by measurements on the built-in model. In the first steps, in which the maps are too noisy to localize anything, the
-entities' maps are only moved apart; this part is not in the paper.
+The paper specifies decoder maps at 16 x 16 and the use of start-of-text's map besides the maps of the entities. It also
+specifies disjoint regions by differentiation and binarization, one loss term per entity, and a small step
+``z' = z - alpha * gradient``. It does not specify the exact rules of differentiation and binarization, the form of the
+loss, the guided steps and alpha. This module is therefore *our reading of ELA*: whatever the paper leaves open is an
+option here, with a default chosen by measurements on the built-in model.
+
+In the first steps, the maps are too noisy to localize anything, so the entities' maps are only moved apart. This
+separation is not in the paper.
 """
 
 from __future__ import annotations
@@ -43,27 +45,28 @@ class ELA:
     localize : FromMaps
         Rules by which regions are localized in the attention maps.
     anchor : LatentStep
-        Loss, step sizes and guided steps.
+        Loss, step sizes and guided steps of anchoring.
     separate : Separation
-        Latent steps before those of `anchor`, in which the entities' maps are moved apart. By default they are left
-        out if all regions are given by hand, because anchoring then starts at the first step.
+        Latent steps that move the entities' maps apart before anchoring starts. If all regions are given by hand,
+        anchoring starts at the first step by default, so that there is no separation.
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
         Regions given by hand, in the order of the prompt: boxes as fractions of the image, or masks. A location in two
         regions is assigned to the smaller one. In a sequence, None stands for an entity that is localized in the
         remaining locations. By default all entities are localized.
     layers : str
-        Layers that are read: "up" (decoder; all layers of a model that has none, such as PixArt, Stable Diffusion 3 and
-        FLUX), "down", "mid", "double", "single", "all" or a glob on layer names such as "up_blocks.1.*".
+        Layers that are read: "up", "down", "mid", "double", "single", "all" or a glob on layer names such as
+        "up_blocks.1.*". "up" selects the decoder. In a model without a decoder (PixArt, Stable Diffusion 3, FLUX), "up"
+        selects all layers.
     size : int, optional
         Number of locations along the longer side of the maps that are read. By default the coarsest maps of `layers`
         are read: 16 locations in Stable Diffusion 1.5 at 512 pixels, as in the paper, and 8 in picture-world. The
-        coarsest maps show best whether an entity is in its region, and the gradient pass can end at the last of their
-        layers.
+        coarsest maps show best whether an entity is in its region. The gradient pass ends at the last layer that is
+        read.
 
     Raises
     ------
     SettingError
-        An option is out of range, or has no effect together with another one.
+        An option is out of range, or has no effect in combination with another option.
 
     References
     ----------
@@ -137,7 +140,7 @@ class ELA:
         return tuple(layer for layer in chosen if layer.factor == coarsest)
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
-        """Values that the method keeps for one image during a run, as they are before its first step."""
+        """Initial state of one image: the regions given by hand, and the step at which anchoring starts."""
         return Anchors(given=self.regions, first=round(self._start * steps))
 
     @property
@@ -147,14 +150,15 @@ class ELA:
 
     @property
     def _start(self) -> float:
-        """Share of the run before anchoring starts, in which the entities' maps are moved apart."""
+        """Share of the denoising steps before anchoring starts; these steps move the entities' maps apart."""
         return self.anchor.starts_at(localized=self._localized)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates of `Separation.plan`, followed by those of `LatentStep.plan`.
+        """Updates for separation, followed by updates for anchoring.
 
-        With a prompt of one entity there is nothing to separate, and the entity is anchored only if `regions` is given.
-        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        The methods `Separation.plan` and `LatentStep.plan` return these updates. With a prompt of one entity there is
+        nothing to separate, and the entity is anchored only if `regions` is given. `noise` holds the ratio of noise to
+        signal before each denoising step; only the number of steps is used.
         """
         if len(prompt.entities) < 2 and self.regions is None:
             return []
@@ -169,7 +173,11 @@ class ELA:
         return self.anchor.direction(gradient)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Anchors) -> Loss:
-        """Loss of `Separation.loss` in the first steps, then of `LatentStep.loss` with the regions of the step."""
+        """Loss of separation in the first steps of a run; loss of anchoring in all later steps.
+
+        `Separation.loss` computes the loss of separation. `LatentStep.loss` computes the loss of anchoring from the
+        entities' regions at this step.
+        """
         maps = attention.mean
         if step < state.first:
             return self.separate.loss(maps, prompt, step, state.memory)
@@ -179,7 +187,7 @@ class ELA:
         return loss if state.given is None else replace(loss, enough=False)
 
     def _masks(self, maps: Tensor, prompt: Prompt, step: int, state: Anchors) -> np.ndarray:
-        """Regions of a step; maps (token, y, x) -> bool (entity, y, x)."""
+        """Regions of the entities at a step, bool (entity, y, x), from the maps of all tokens, (token, y, x)."""
         if state.masks is not None:
             return state.masks
         entities, background = entity_means(maps, prompt), self.localize.rest(maps, prompt)

@@ -1,11 +1,16 @@
-"""Engine of all guidance methods: a conditional pass up to the last layer read, the loss's gradient, a latent step.
+"""Engine of all guidance methods: it runs gradient passes and moves the latent.
 
-A method defines the layers it reads, its loss and its step sizes (`elakit.guidance.method`); this module does the
-rest in the same way for every method: weights are frozen, fused attention is kept, the network beyond the last layer is
-skipped, loss and gradient are computed in at least float32, and no gradient is computed outside the guided steps. It
-acts on a pipeline through the pipeline's ``latents`` argument (before the first step) and its step callback (before
-every later step), so no pipeline's ``__call__`` is copied. Methods that edit attention scores do so through one
-mechanism (`elakit.guidance.holding`), in the pipeline's own passes and in those from which a gradient is taken.
+In a gradient pass, the denoiser runs with the prompt up to the last layer that the method reads. Then the gradient of
+the method's loss with respect to the latent is computed. The latent is moved along the negative gradient.
+
+A method defines the layers it reads, its loss and its step sizes (`elakit.guidance.method`). This module does the rest
+in the same way for every method. The denoiser's weights are frozen, and its fused attention stays in use. Loss and
+gradient are computed in at least float32. No gradient is computed outside the guided steps.
+
+Before the first denoising step, the latent is moved through the pipeline's argument ``latents``. Before every later
+step, the latent is moved in the pipeline's step callback. No pipeline's ``__call__`` is copied. Methods that edit
+attention scores do so through `elakit.guidance.holding`. The edits act in the pipeline's own denoiser calls and in
+gradient passes.
 """
 
 from __future__ import annotations
@@ -123,10 +128,10 @@ def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: b
 
 
 def _weights_kept(denoiser: nn.Module) -> AbstractContextManager[Any]:
-    """Context in which the backward pass finds weights as the forward pass used them.
+    """Context in which the backward pass uses the same weights as the forward pass.
 
-    With layerwise casting, a layer's weights are replaced by their 8-bit form as soon as the layer has run. In the
-    context, autograd keeps the weights with which the layer computed until the gradient is computed.
+    With layerwise casting, a layer's weights are replaced by their 8-bit form as soon as the layer has run. Inside this
+    context, autograd keeps the original weights for the backward pass.
     """
     if not any(weight.dtype.is_floating_point and weight.dtype.itemsize < 2 for weight in denoiser.parameters()):
         return nullcontext()
@@ -152,7 +157,7 @@ def gradient(
     states: Sequence[Any] | None = None,
     refining: Callable[[Loss], bool] | None = None,
 ) -> tuple[list[Loss], Tensor]:
-    """Loss of a method for each image of a batch, and its gradient with respect to the latents.
+    """Loss of a method for each image of a batch, and the gradient of each loss with respect to the latents.
 
     Parameters
     ----------
@@ -168,23 +173,24 @@ def gradient(
     step : int
         Denoising step, counted from 0.
     states : sequence of n objects, optional
-        State of each image, from `Method.begin`; by default those at the start of a run.
+        State of each image, as `Method.begin` returns it; by default the state at the start of a run.
     refining : callable, optional
-        ``refining(loss)`` returns True for an image whose next latent step belongs to a refinement; the gradient for
-        this image is then that of `Loss.refinement`. By default no step does.
+        ``refining(loss)`` returns True for an image whose next latent step belongs to a refinement. For this image, the
+        gradient is that of `Loss.refinement`, or of the total loss if `Loss.refinement` is None. By default no latent
+        step belongs to a refinement.
 
     Returns
     -------
     losses : list of Loss
         One per image.
     gradient : Tensor, of the latents' shape
-        In float32 (float64 for float64 latents). The gradient of each image depends on this image alone. All are
-        zero if none of the images needs more guidance.
+        In float32 (float64 for float64 latents). The gradient of each image depends on this image alone. If no image
+        needs more guidance, the gradients of all images are zero.
 
     Raises
     ------
     SettingError
-        The attention cannot be read, as for `reading`.
+        The attention of `layers` cannot be read; see `reading`.
     """
     if states is None:
         states = [method.begin(prompt, len(adapter.pipe.scheduler.timesteps)) for _ in latents]
@@ -275,8 +281,9 @@ def checkpointing(pipe: Pipeline) -> Iterator[None]:
 def noise_levels(scheduler: Any) -> list[float]:
     """Ratio of noise to signal (standard deviations) at each timestep of a scheduler whose timesteps are set.
 
-    Where there is hardly any signal, the noise is divided by a least signal instead, so that the ratio is finite: 0.001
-    in flow matching, and 1/4096 in diffusion, as in diffusers' own sigmas for a terminal signal-to-noise ratio of 0.
+    A signal below a smallest value is replaced by this value, so that the ratio is always finite. The smallest value is
+    0.001 for flow matching and IPNDM. For all other schedulers it is 1/4096, as in diffusers' own sigmas for a terminal
+    signal-to-noise ratio of 0.
 
     Parameters
     ----------
@@ -293,11 +300,13 @@ def noise_levels(scheduler: Any) -> list[float]:
 
     Examples
     --------
-    >>> from diffusers import DDIMScheduler
-    >>> scheduler = DDIMScheduler()
-    >>> scheduler.set_timesteps(3)
+    In flow matching, sigma is the noise, and 1 - sigma is the signal; a signal of 0 counts as 0.001:
+
+    >>> from diffusers import FlowMatchEulerDiscreteScheduler
+    >>> scheduler = FlowMatchEulerDiscreteScheduler()
+    >>> scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.2])
     >>> [round(level, 2) for level in noise_levels(scheduler)]
-    [9.49, 1.46, 0.01]
+    [1000.0, 1.0, 0.25]
     """
     timesteps = scheduler.timesteps
     if hasattr(scheduler, "precondition_outputs"):  # EDM: signal 1, noise sigma
@@ -324,7 +333,11 @@ def acts(updates: Sequence[Update]) -> bool:
 
 
 def encoded(method: Method | None, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-    """Conditioning of a run: that of a plain run, unless the method changes the text states."""
+    """Conditioning of a run with a method.
+
+    `conditioning` is the conditioning of a plain run. It is returned unchanged, except in one case: the method changes
+    text states, and the prompt has at least two entities.
+    """
     if isinstance(method, Encodes) and len(prompt.entities) > 1:
         return method.encode(adapter, prompt, conditioning)
     return conditioning
@@ -399,8 +412,8 @@ class Guide:
         Parameters
         ----------
         run : callable
-            ``run(enough)`` runs plain steps from the run's noise. It calls ``enough(step)`` after each step, counted
-            from 0, and ends when the result is True.
+            ``run(enough)`` runs plain steps from the initial noise of the run. After each step it calls
+            ``enough(step)``, with steps counted from 0. It ends as soon as ``enough(step)`` returns True.
         """
         method = self.method
         if not isinstance(method, Rehearses) or not acts(self.updates):
@@ -453,7 +466,10 @@ class Guide:
         return noise if moved is latents else moved / scale
 
     def move(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
-        """Latents, moved for denoising step `step`, which runs next; the same object if they do not move."""
+        """Move the latents before denoising step `step` (counted from 0), which runs next, and return them.
+
+        If no latent moves, the same object is returned.
+        """
         update = self.updates[step] if step < len(self.updates) else Update(0.0)
         self.done -= {i for i in self.done - self.left_alone if getattr(self.states[i], "steered", False)}
         pending = [i for i in range(len(latents)) if i not in self.done]
@@ -515,9 +531,9 @@ class Guide:
         return self.holder is not None and self.updates[step].hold and self.holder.held[image] is not None
 
     def _edited(self, step: int, images: Callable[[], Sequence[int]]) -> AbstractContextManager[None]:
-        """Context for gradient passes, in which the edits of attention scores of a step act, too.
+        """Context in which the score edits of denoising step `step` also act in gradient passes.
 
-        ``images()`` returns the indices of the images in the current pass.
+        ``images()`` returns the indices of the images in the current gradient pass.
         """
         holder = self.holder
         if holder is None or not self.updates[step].hold:
@@ -531,7 +547,10 @@ class Guide:
         )
 
     def _unit(self, latents: Tensor, timestep: Tensor) -> float:
-        """Factor that scales the scheduler's latents to unit variance: 1 for most, less for Euler, LMS and Heun."""
+        """Factor that scales the scheduler's latents to unit variance.
+
+        The factor is less than 1 for Euler, LMS and Heun, and 1 for most other schedulers.
+        """
         return float(_scaled(self.adapter, torch.ones((), device=latents.device), timestep))
 
     def _change(self, update: Update, gradient: Tensor, unit: float) -> Tensor:
@@ -544,7 +563,10 @@ class Guide:
         return update.size * (along if update.raw else self.method.direction(along)) / unit
 
     def on_step_end(self, step: int, latents: Tensor) -> Tensor:
-        """Latents, moved for the step after `step` (counted from 0); to be called when `step` has run."""
+        """Return the latents for the next denoising step; they are moved if that step is guided.
+
+        This method must be called after each denoising step. `step` is the step that has just run, counted from 0.
+        """
         timesteps = self.adapter.pipe.scheduler.timesteps
         self._held(step, timesteps[step])
         following = step + 1
@@ -554,7 +576,7 @@ class Guide:
         return self.move(latents, following, timesteps[following])
 
     def _hold(self, step: int) -> None:
-        """Set the edits of the denoising step that runs next."""
+        """Set the edits of attention scores for denoising step `step`, which runs next."""
         if self.holder is None or self.editor is None:
             return
         held: list[ScoreEdit | None] = [None] * self.images
@@ -568,7 +590,10 @@ class Guide:
         self.holder.hold(held, read=follows and bool(pending))
 
     def _held(self, step: int, timestep: Tensor) -> None:
-        """Add a step with edited scores, but without a latent step, to the trace."""
+        """Add a row to the trace of each image whose attention scores were edited in denoising step `step`.
+
+        If the method moves the latents before this step, the trace already has a row for it, and no row is added.
+        """
         if self.holder is None:
             return
         for i, one in enumerate(self.holder.held):
@@ -625,7 +650,10 @@ def _row(
     guided: bool = True,
     skipped: bool = False,
 ) -> dict[str, Any]:
-    """One row of the trace; by default that of a step in which attention scores are edited, without a gradient."""
+    """Row of the trace for one denoising step of one image.
+
+    The defaults are those of a step in which attention scores are edited, but no gradient is computed.
+    """
     return {
         "step": step,
         "timestep": float(timestep),

@@ -1,28 +1,34 @@
-"""FOCUS: make the maps of one entity's words similar, and those of different entities different.
+"""FOCUS: make the maps of one entity's words similar, and the maps of different entities different.
 
 Bill, Simsar and Hofmann, "FOCUS: Optimal Control for Multi-Entity World Modeling in Text-to-Image Generation"
-(arXiv:2510.02315, whose first version is "Optimal Control Meets Flow Matching"), and the test-time control of its
-released code (github.com/ericbill21/FOCUS: src/losses.py, src/controller.py, src/sd3/pipeline.py). Maps are those of
-the image's attention to the text in the two-stream blocks, averaged over heads and blocks and blurred with a Gaussian
-of 3 x 3 locations and standard deviation 1. J is the Jensen-Shannon divergence of T maps divided by log T, where each
-map is first raised to the power of 3 and normalized to a sum of 1:
+(arXiv:2510.02315; the first version has the title "Optimal Control Meets Flow Matching"), and the test-time control of
+the released code (github.com/ericbill21/FOCUS: src/losses.py, src/controller.py, src/sd3/pipeline.py).
 
-    L = 1/2 [C + 1 - J(mean maps of the entities)]
+Maps show the attention of the image to the text in the two-stream blocks. The maps are averaged over heads and blocks
+and blurred with a Gaussian of 3 x 3 locations and standard deviation 1. The tokens of an entity are those of its
+attributes and its noun. The mean map of an entity is the mean over these tokens.
 
-C is the mean of J(maps of the entity's tokens) over the entities that have more than one token, or 0 if there are none.
-The mean map of an entity is the mean of the maps of its tokens.
+J is the Jensen-Shannon divergence of n maps, divided by log n. Each map is first raised to the power of 3 and
+normalized to a sum of 1. The loss is:
 
-The addend lambda * 2 s (s + e) / (1 - s + e) * gradient of L is added to the velocity of each step, with s the share of
-noise (the latent is (1 - s) image + s noise) and e = 0.001. The tokens of an entity are those of its attributes and
-noun.
+    L = 1/2 [C + 1 - J(mean maps of all entities)]
 
-The divergences equal those of the released code to rounding (``tests/parity/test_scores.py``).
+C is the mean of J(maps of one entity's tokens) over all entities with more than one token, or 0 if there are no such
+entities.
 
-Intended differences: the released code changes the velocity of the pass from which the gradient is taken; here the
-latent is moved before the pass, by the addend times the step's change of s (a difference of second order in the step).
-For FLUX the released code has the opposite sign, which raises L and is taken for an oversight (its Stable Diffusion 3
-pipeline has a comment on the sign). In models without two-stream blocks, all layers of one map size are read, and s is
-the standard deviation of the noise divided by the sum of the standard deviations of noise and signal.
+In each step, the released code adds lambda * 2 s (s + e) / (1 - s + e) * gradient of L to the velocity. Here e is
+0.001, and s is the share of noise: the latent is (1 - s) image + s noise.
+
+The divergences equal those of the released code to rounding (``tests/parity/test_scores.py``). Three differences are
+intended:
+
+- The released code changes the velocity of the pass from which the gradient is taken. elakit moves the latent before
+  the pass instead, by the same amount times the change of s in the step. The difference is of second order in this
+  change.
+- For FLUX, the released code has the opposite sign, which raises L. elakit does not follow it. The opposite sign is
+  taken for an oversight, because the released code for Stable Diffusion 3 has a comment on the sign.
+- In models without two-stream blocks, all layers of one map size are read. There, s is the standard deviation of the
+  noise divided by the sum of the standard deviations of noise and signal.
 """
 
 from __future__ import annotations
@@ -93,17 +99,21 @@ class FOCUS(ReadsOneSize):
         check_guided(self)
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers of one map size that the option `layers` selects; "all" selects two-stream blocks if there are any."""
+        """Layers that the options `layers` and `size` select; their maps all have the same size.
+
+        If the model has two-stream blocks, ``layers="all"`` selects only these blocks.
+        """
         chosen = select_layers(layers, self.layers)
         if self.layers == "all":
             chosen = tuple(layer for layer in chosen if layer.kind == "joint") or chosen
         return layers_of_size(chosen, latent, self.size, NATIVE_SIZE, "FOCUS")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates whose step size is ``strength * control(s)`` times the decrease of s in the step.
+        """Plan one update of the latent per guided step.
 
-        s is the share of noise before the step. There is no update if the prompt names only one entity. `noise` holds
-        the ratio of noise to signal before each denoising step.
+        Let s be the share of noise in the latent before a denoising step. The step size is ``strength * control(s)``
+        times the decrease of s during this denoising step. A prompt of one entity gets no updates. `noise` holds the
+        ratio of noise to signal before each denoising step.
         """
         if len(prompt.entities) < 2:
             return []
@@ -112,7 +122,11 @@ class FOCUS(ReadsOneSize):
         return [Update(size) for size in sizes[: round(self.guided * len(noise))]]
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Mean of the terms "coherence" (within entities) and "separation" (between entities)."""
+        """Mean of the terms "coherence" and "separation", both from 0 to 1.
+
+        "coherence" is 0 if, within each entity, the maps of all words are equal. "separation" is 0 if the mean maps of
+        different entities are disjoint.
+        """
         maps = smooth(attention.mean, _BLUR).flatten(1)
         groups = [maps[[*entity.token_indices, *entity.attribute_indices]] for entity in prompt.entities]
         alike = [divergence(group) for group in groups if len(group) > 1]
@@ -151,11 +165,13 @@ def divergence(maps: Tensor) -> Tensor:
 
 
 def noise_share(ratio: float) -> float:
-    """Share of noise in a latent: ratio / (1 + ratio) up to a ratio of 999, ratio / 1000 above, but at most 1.
+    """Share of noise in a latent with a given ratio of noise to signal.
 
-    In flow matching, a ratio above 999 belongs to a signal below 0.001. `elakit.guidance.engine.noise_levels` then
-    divides the noise by 0.001 instead of the signal, so the ratio is 1000 times the share of noise. A ratio above 1000
-    occurs only in diffusion with almost no signal.
+    The share is ratio / (1 + ratio) for a ratio up to 999. For a higher ratio, it is ratio / 1000, but at most 1.
+
+    The limit of 999 comes from flow matching: it belongs to a signal of 0.001. If the signal is lower,
+    `elakit.guidance.engine.noise_levels` divides the noise by 0.001, so that the ratio is 1000 times the share of
+    noise. A ratio above 1000 occurs only in diffusion with almost no signal.
 
     Parameters
     ----------

@@ -22,7 +22,7 @@ from elakit.models import Adapter, AttentionLayer
 class Holder:
     """Hooks that edit attention scores in a run's denoiser calls and store the attention of the latest call.
 
-    The hooks act inside ``with holder():``. `hold` sets the edits, `attention` returns what is stored.
+    The hooks act inside ``with holder():``. `hold` sets the edits, and `attention` returns the stored attention.
 
     Parameters
     ----------
@@ -77,9 +77,10 @@ class Holder:
         return bool(self._read)
 
     def attention(self, image: int) -> Attention:
-        """Attention of an image in the latest denoiser call that was read, with the edited scores.
+        """Attention of one image in the latest denoiser call whose attention was stored.
 
-        It is the attention of the conditional half. It is averaged over heads: the head dimension has length 1.
+        If scores were edited in this call, the attention is computed from the edited scores. Only the conditional half
+        is included. The attention is averaged over heads: the head dimension has length 1.
         """
         cross, own = (tuple(self._read[layer][image] for layer in some) for some in (self.layers, self.beside))
         return Attention(cross, own)
@@ -98,7 +99,11 @@ class Holder:
         self._reads = read
 
     def change(self, image: int, site: Site, scores: Scores) -> Change | None:
-        """Change of an image's scores in the layer that `site` describes; None for no change."""
+        """Change of the attention scores of one image in one layer; None for no change.
+
+        `image` is the index of the image in the batch of the run. `site` describes the layer, and ``scores()`` computes
+        the scores before the change.
+        """
         held = self.held[image]
         return None if held is None else held.change(site, scores)
 
@@ -122,23 +127,25 @@ def restriction(
     regions: np.ndarray | None = None,
     hidden: Sequence[int] = (),
 ) -> ScoreEdit:
-    """Edit that lowers the scores of each entity's words outside its region, in all layers that attend to the text.
+    """Edit that lowers the attention scores of each entity's words at the locations outside the entity's region.
+
+    The edit acts in all layers that attend to the text.
 
     Parameters
     ----------
     masks : ndarray, bool, (entity, y, x), or callable
-        Region of each entity. An array may have any resolution, and an empty mask in it means that the entity has no
-        region and is not restricted. A callable gets the (rows, columns) of a layer and returns masks of this size. An
-        empty mask from a callable means that the scores of the entity's words are lowered at every location.
+        Region of each entity. An array may have any resolution. An empty mask in an array means that the entity has no
+        region and is not restricted. A callable gets the (rows, columns) of a layer's maps and returns masks of this
+        size. An empty mask from a callable means that the scores of the entity's words are lowered at every location.
     tokens : sequence of sequence of int
         Token positions of each entity's words.
     strength : float
-        Amount subtracted from the scores of an entity's words outside its mask. If a location of a layer is only partly
-        outside, the amount is multiplied by the share that is outside.
+        Amount subtracted from the scores of an entity's words at locations outside the entity's mask. If a location of
+        a layer is only partly outside the mask, the amount is multiplied by the share of the location that is outside.
     regions : ndarray, bool, (entity, y, x), optional
-        Regions for the trace; by default the masks if they are an array, else none.
+        Regions for the trace. By default they are `masks` if `masks` is an array; otherwise there are none.
     hidden : sequence of int
-        Positions whose scores are lowered by `strength` everywhere.
+        Token positions whose scores are lowered by `strength` at every location.
 
     Returns
     -------
@@ -146,6 +153,9 @@ def restriction(
 
     Examples
     --------
+    A map has a left and a right location, and the text has three tokens. The word at position 1 is restricted to the
+    left location. The bias has one row per location and one column per token:
+
     >>> layer = AttentionLayer("attn2", "up", 1, nn.Identity(), nn.Identity(), 1)
     >>> left = restriction(np.array([[[True, False]]]), [(1,)], 4.0)
     >>> left.change(Site(layer, (1, 2), 0, 1.0, 3, text=slice(0, 3)), None).bias

@@ -1,31 +1,35 @@
-"""InitNO: a search for initial noise in which every entity has attention and no two entities share it.
+"""InitNO: a search for initial noise in which every entity has attention and the entities' attention does not overlap.
 
 Guo et al., "InitNO: Boosting Text-to-Image Diffusion Models via Initial Noise Optimization", CVPR 2024
 (arXiv:2404.04650), and its official code (github.com/xiefan-guo/initno). A_i is the map of entity i at the first
-timestep, prepared as in Attend-and-Excite, and R_i the smoothed self-attention of the location where A_i is largest:
+timestep, sharpened and smoothed as in Attend-and-Excite. R_i is the smoothed self-attention of the location where A_i
+is largest. There are three loss terms, with p for locations:
 
     cross    = max over i of (1 - max_p A_i)
     conflict = mean over pairs i < j of sum_p min(R_i, R_j) / sum_p (R_i + R_j)
-    clean    = attention outside the Otsu component of the maximum (`elakit.guidance.preprocess.clean_background`)
+    clean    = the entities' attention in the background, see `elakit.guidance.preprocess.clean_background`
 
-*Search.* The initial noise z0 is replaced by z = z0 exp(v / 2) + m. Adam minimizes cross + clean + conflict (without
-conflict while cross is above 0.5) over m and v, which are 0 at first. The KL divergence of N(m, exp v) from N(0, 1),
-averaged over elements, stays at most 0.001. The search ends as soon as noise is accepted, which means cross < 0.2 and
-conflict < 0.3. There are at most 5 rounds of at most 10 passes each. The first round starts from the run's noise. Every
-later round starts from new random noise, whose seed is derived from the run's noise, so that a run depends on its seed
-alone. If no round ends with accepted noise, the initial noise of the round with the lowest score is the start of one
-more round, of at most 50 passes. The score of a round is cross + conflict at its last pass, with 1 in place of conflict
-if cross is above 0.5.
+*Search.* The initial noise z0 is replaced by z = z0 exp(v / 2) + m, where m and v are 0 at first. Adam changes m and v
+to minimize cross + clean + conflict. As long as cross is above 0.5, conflict is left out of this sum. The KL divergence
+of N(m, exp v) from N(0, 1), averaged over elements, stays at most 0.001. Noise is accepted if cross < 0.2 and conflict
+< 0.3. The search ends as soon as noise is accepted.
 
-*Guidance.* As in the example of the official code, the latents are then updated along the cross term, with the step
-sizes and guided steps of Attend-and-Excite. Refinement at steps 10 and 20 of 50 follows cross + 0.1 clean +
-0.1 alignment + conflict until cross is at most 0.2 and conflict at most 0.3. Alignment is the distance of the maps from
-their running average (`elakit.guidance.preprocess.RunningMaps`). With ``guided=0`` the method only searches for noise.
+The search has at most 5 rounds of at most 10 passes each. The first round starts from the run's noise. Every later
+round starts from new random noise. The seed of the new noise is derived from the run's noise, so that a run depends on
+its seed alone. If none of these rounds finds accepted noise, one more round of at most 50 passes follows. This last
+round starts from the initial noise of the round with the lowest score. The score of a round is cross + conflict at the
+last pass of the round. If cross is above 0.5 at that pass, the score is cross + 1.
 
-The terms and their gradients equal those of the official code (``tests/parity/test_losses.py``; the conflict to a
-relative 5e-7, because the official code adds 1e-6 to its denominator). Intended differences: the limit of the KL
-divergence is kept by scaling m and v down (by more steps of Adam in the official code); refinement stops at the pass
-that meets its goal, where the official code takes one more update.
+*Guidance.* As in the example of the official code, the latents then move along the negative gradient of cross. Step
+sizes and guided steps are those of Attend-and-Excite. There is a refinement at steps 10 and 20 of 50, counted from 0.
+The loss of a refinement is cross + 0.1 clean + 0.1 alignment + conflict. Alignment is the distance of the maps from
+their running average (`elakit.guidance.preprocess.RunningMaps`). A refinement ends when cross is at most 0.2 and
+conflict at most 0.3. With ``guided=0`` the method only searches for noise.
+
+The terms and their gradients equal those of the official code (``tests/parity/test_losses.py``). For conflict, the
+relative difference is at most 5e-7, because the official code adds 1e-6 to the denominator. Two differences are
+intended. The KL divergence is kept at its limit by scaling m and v down; the official code takes more steps of Adam
+instead. Refinement stops at the pass that meets its goal; the official code takes one more update.
 """
 
 from __future__ import annotations
@@ -62,7 +66,7 @@ _SCALE = 256.0  # factor of the loss: gradients survive half precision, and a po
 
 @dataclass(frozen=True)
 class InitNO(ReadsOneSize):
-    """InitNO, initial noise optimization (Guo et al., CVPR 2024), followed by guidance along its first loss term.
+    """InitNO, initial noise optimization (Guo et al., CVPR 2024): a search for initial noise, followed by guided steps.
 
     The module `elakit.guidance.initno` states the equations and all differences from the source.
 
@@ -71,18 +75,19 @@ class InitNO(ReadsOneSize):
     learning_rate : float
         Learning rate of Adam in the search for the noise; 0.01 in the official code.
     rounds : int
-        Largest number of initial noises from which the search starts; 5 in the official code.
+        Largest number of rounds of the search, each with different initial noise; 5 in the official code.
     iterations : int
-        Largest number of passes per initial noise; 10 in the official code.
+        Largest number of passes per round; 10 in the official code.
     last_iterations : int
-        Largest number of passes of one more search; 50 in the official code. This search takes place only if no noise
-        was accepted before. It starts from the initial noise whose search ended with the lowest score.
+        Largest number of passes of one more round; 50 in the official code. This round takes place only if no noise
+        was accepted before. It starts from the initial noise of the round that ended with the lowest score.
     stop_cross : float
-        Value of the cross term (1 minus the attention of the least attended entity) below which noise is accepted, and
-        at which refinement ends; 0.2 in the official code.
+        Threshold of the cross term, which is 1 minus the attention of the least attended entity; 0.2 in the official
+        code. Noise is accepted if the cross term and the conflict term are both below their thresholds. A refinement
+        ends if both terms are at or below their thresholds.
     stop_conflict : float
-        Value of the conflict term (overlap of the entities' self-attention) below which noise is accepted, and at which
-        refinement ends; 0.3 in the official code.
+        Threshold of the conflict term, which measures the overlap of the entities' self-attention; 0.3 in the official
+        code.
     max_kl : float
         Largest KL divergence of the noise from the standard normal distribution; 0.001 in the official code.
     step_size : float
@@ -92,8 +97,8 @@ class InitNO(ReadsOneSize):
         Share of the denoising steps that are guided, from the first; 25 of 50 in the official code. With 0, the method
         only searches for the noise.
     refinements : int
-        Largest number of additional updates at each of two points, after shares 0.2 and 0.4 of the denoising steps; 20
-        at each in the official code.
+        Largest number of latent steps per refinement; 20 in the official code. Refinements take place after 20% and
+        after 40% of the denoising steps.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -138,7 +143,10 @@ class InitNO(ReadsOneSize):
     def search(
         self, noise: Tensor, attend: Callable[[Tensor], Attention], prompt: Prompt
     ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Find initial noise that is accepted; if there is none, return the noise with which the last search ends.
+        """Search for initial noise that gives every entity attention, with little overlap between entities.
+
+        Noise is accepted if the cross term is below `stop_cross` and the conflict term is below `stop_conflict`. If no
+        noise is accepted, the noise with which the last round ends is returned.
 
         Parameters
         ----------
@@ -153,7 +161,9 @@ class InitNO(ReadsOneSize):
         found : Tensor, of the same shape
             The noise for the run.
         rows : list of dict
-            One dictionary per pass with the keys round, iteration, cross, conflict, clean and kl.
+            One dictionary per pass. "round" is the number of the round, and "iteration" is the number of the pass
+            within the round; both count from 0. "cross", "conflict" and "clean" are the loss terms. "kl" is the KL
+            divergence of the noise from the standard normal distribution.
         """
         generator = torch.Generator().manual_seed(zlib.crc32(noise.detach().cpu().float().numpy().tobytes()))
         rows: list[dict[str, Any]] = []
@@ -169,13 +179,17 @@ class InitNO(ReadsOneSize):
         return self._optimize(best, attend, prompt, self.last_iterations, self.rounds, rows)[0], rows
 
     def begin(self, prompt: Prompt, steps: int) -> RunningMaps:
-        """Running average of the image's maps, for the alignment term of refinement."""
+        """Initial state of one image: a running average of its attention maps, which is still empty.
+
+        The running average is needed for the alignment term of refinement.
+        """
         return RunningMaps()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates with decreasing step sizes, and refinements at some steps; no update for a prompt of one entity.
+        """Plan one update of the latent per guided step, with decreasing step sizes and at most two refinements.
 
-        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        A prompt of one entity gets no updates. `noise` holds the ratio of noise to signal before each denoising step;
+        only the number of steps is used.
         """
         if len(prompt.entities) < 2:
             return []
@@ -183,10 +197,12 @@ class InitNO(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: RunningMaps) -> Loss:
-        """Loss of the guided steps, which is the cross term ("excite" in the trace).
+        """Loss of the guided steps: 1 minus the largest attention of the least attended entity.
 
-        The latent steps of refinement follow another loss: cross + conflict + 0.1 clean + 0.1 alignment. The search for
-        initial noise does not use this method.
+        This loss is the cross term; the trace calls it "excite". Refinement follows another loss: cross + conflict +
+        0.1 clean + 0.1 alignment. The conflict term is the overlap of the entities' self-attention. The clean term is
+        the entities' attention in the background. The alignment term is the distance of the entities' maps from their
+        running average. The search for initial noise does not use this method.
         """
         scores = _scores(attention, prompt)
         refinement = scores.cross + 0.1 * scores.clean + 0.1 * state.distance(scores.entities) + scores.conflict
@@ -205,7 +221,7 @@ class InitNO(ReadsOneSize):
         number: int,
         rows: list[dict[str, Any]],
     ) -> tuple[Tensor, float, bool]:
-        """Run one round of the search.
+        """Run one round of the search: change the noise until it is accepted, or until the last pass.
 
         Parameters
         ----------
@@ -225,9 +241,10 @@ class InitNO(ReadsOneSize):
         noise : Tensor
             Accepted noise, or else the noise after the last update.
         score : float
-            Cross + conflict at the last pass, with 1 in place of conflict if cross is above 0.5; lower is better.
+            Sum of the cross term and the conflict term at the last pass; lower is better. If noise is not accepted and
+            the cross term is above 0.5, the conflict term counts as 1.
         accepted : bool
-            Whether cross and conflict are below their thresholds.
+            Whether the cross term is below `stop_cross` and the conflict term is below `stop_conflict`.
         """
         mean, log_variance = (torch.zeros_like(start).requires_grad_(True) for _ in range(2))
         adam = torch.optim.Adam([mean, log_variance], lr=self.learning_rate, eps=_ADAM_EPS)
@@ -257,7 +274,10 @@ class InitNO(ReadsOneSize):
 
 @dataclass(frozen=True)
 class _Scores:
-    """Terms of InitNO for one pass, and the prepared maps, (entity, y, x)."""
+    """Loss terms of InitNO for one pass, each a scalar, and the entities' maps from which they are computed.
+
+    `entities` holds the maps, sharpened and smoothed, (entity, y, x). The other attributes are the loss terms.
+    """
 
     cross: Tensor
     conflict: Tensor
@@ -265,7 +285,7 @@ class _Scores:
     entities: Tensor
 
     def objective(self) -> Tensor:
-        """Objective that the search minimizes: cross + clean, plus conflict if cross is at most 0.5."""
+        """Loss that the search minimizes: cross + clean, plus conflict if cross is at most 0.5."""
         total = self.cross + self.clean
         return total + self.conflict if float(self.cross.detach()) <= _GATE else total
 
@@ -275,7 +295,7 @@ def _ratio(value: float, threshold: float) -> float:
 
 
 def _scores(attention: Attention, prompt: Prompt) -> _Scores:
-    """Terms of the objective for one pass."""
+    """Loss terms of one pass, and the entities' maps, from the attention of this pass."""
     entities = entity_maps(attention.mean, prompt)
     cross = (1 - entities.amax((1, 2))).max()
     strongest = entities.flatten(1).argmax(1)

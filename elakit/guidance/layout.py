@@ -22,17 +22,19 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
 
     Parameters
     ----------
-    layout : sequence of (left, top, right, bottom) or of ndarray, bool, (y, x); or ndarray, bool, (entity, y, x)
-        One region per entity, in the order of the prompt. Boxes are given as fractions of the image, 0 to 1.
+    layout : sequence of boxes or masks, or ndarray, bool, (entity, y, x)
+        One region per entity, in the order of the prompt. A region in a sequence is a box or a mask. A box is
+        (left, top, right, bottom), as fractions of the image from 0 to 1. A mask is a bool array (y, x). An array
+        holds the masks of all entities.
     who : str
-        Name of the class or function that the layout was passed to, for the message.
+        Name of the class or function that the layout was passed to, for the message of the error.
     partial : bool
         Whether the layout may have None instead of a region, for an entity that is to be localized.
 
     Returns
     -------
-    tuple of (left, top, right, bottom), ndarray or None; or ndarray, bool, (entity, y, x)
-        The same layout, with boxes of floats.
+    tuple, or ndarray, bool, (entity, y, x)
+        The same regions. A sequence is returned as a tuple, in which each box is a tuple of floats.
 
     Raises
     ------
@@ -82,7 +84,7 @@ class NeedsLayout:
     Raises
     ------
     SettingError
-        No regions are given, or one of them is empty or leaves the image.
+        No regions are given, or a region is empty or leaves the image.
     """
 
     regions: Layout
@@ -113,17 +115,17 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int, *, trunca
     entities : int
         Number of entities in the prompt.
     truncate : bool
-        Rule for the locations of a box. By default, they are the locations whose center lies in the box. If True, the
-        corners are rounded down: the columns are int(left * columns) to int(right * columns) - 1, and rows likewise. A
-        box that is empty after rounding follows the default rule.
+        Rule for the locations of a box. If False, a box has the locations whose center lies in it. If True, the corners
+        are rounded down: the columns are int(left * columns) to int(right * columns) - 1, and rows likewise. A box that
+        is empty after rounding follows the rule for False.
 
     Returns
     -------
     ndarray, bool, (entity, y, x)
-        Locations of each region. A box in which no location's center lies has the location that contains the center of
-        the box. If a region is a mask, its locations are those that the mask covers by more than half; if there are
-        none, its only location is the one with the largest covered share. The mask of an entity whose region is None
-        is empty.
+        Locations of each region. If a box has no location by these rules, it gets the location that contains its
+        center. A region given as a mask has the locations that it covers by more than half. If there are no such
+        locations, it gets the location with the largest covered share. The mask of an entity whose region is None is
+        empty.
 
     Raises
     ------
@@ -154,7 +156,11 @@ def _on_grid(region: Region | None, size: tuple[int, int], truncate: bool) -> np
 
 
 def _truncated(box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Locations of a box whose corners are rounded down, or those of `_inside` if there are none; bool (y, x)."""
+    """Locations of a box whose corners are rounded down to whole locations, as a bool array (y, x).
+
+    If the rounded box is empty, its locations are those whose center lies in the box. If there are no such locations,
+    the box has the location that contains its center.
+    """
     rows, columns = size
     inside = np.zeros(size, bool)
     inside[int(box[1] * rows) : int(box[3] * rows), int(box[0] * columns) : int(box[2] * columns)] = True

@@ -2,25 +2,27 @@
 
 Chen et al., "Training-Free Layout Control with Cross-Attention Guidance", WACV 2024 (arXiv:2304.03373; its backward
 guidance), and its official code (github.com/silent-chen/layout-guidance). A is the attention map of one token of an
-entity in one head, and M the region of the entity. The layers are those of the middle block and of the first upward
-block with cross-attention:
+entity in one head, and M is the mask of the entity's region. The layers are those of the middle block and of the first
+upward block with cross-attention. In each update, the latent z is replaced by z':
 
     E = mean over heads, tokens, entities and layers of (1 - sum_p A(p) M(p) / sum_p A(p))^2
-    z' = z - 30 sigma^2 * gradient of E, with sigma the ratio of noise to signal
+    z' = z - 30 sigma^2 * gradient of E
 
-The latent z is updated in the first 10 of 50 steps, at most 5 times per step. As in the official code, the first pass
-in which E is at or below 0.2 is still followed by an update, which is the last one of the run. The corners of boxes are
-rounded down to whole locations, also as in the official code: a corner at the fraction x of the width is at column
-int(x * columns).
+Here p runs over locations, and sigma is the ratio of noise to signal. The latent is updated in the first 10 of 50
+steps, at most 5 times per step. As soon as E is at or below 0.2, one last update follows, and guidance ends for the
+rest of the run. The corners of boxes are rounded down to whole locations: a corner at the fraction x of the width is at
+column int(x * columns). Both rules are those of the official code.
 
-The authors' latents are those of the LMS scheduler, signal plus noise of standard deviation sigma. For latents of unit
-variance, which elakit's engine moves, the equivalent step size is 30 sigma^2 / (1 + sigma^2). At the first step of
-Stable Diffusion, where sigma is about 14, this is about 30, and 30 sigma^2 is about 6000. The authors let the user
-choose the tokens of an entity; here they are those of its noun.
+The authors' latents are those of the LMS scheduler: signal plus noise of standard deviation sigma. elakit's engine
+moves latents of unit variance, for which the equivalent step size is 30 sigma^2 / (1 + sigma^2). At the first step of
+Stable Diffusion, sigma is about 14. The equivalent step size is then about 30, while 30 sigma^2 is about 6000.
 
-E and its gradient equal those of the official code to rounding (``tests/parity/test_losses.py``). Intended
-difference: a box that is empty after rounding has the locations whose center lies in it; if there are none, it has the
-location at its own center (in the official code the box stays empty).
+The authors let the user choose the tokens of an entity; in elakit they are the tokens of the entity's noun. E and its
+gradient equal those of the official code to rounding (``tests/parity/test_losses.py``).
+
+One difference is intended. In the official code, a box that is empty after rounding stays empty. In elakit, such a box
+has the locations whose center lies in it. If there are no such locations, the box has the location that contains its
+center.
 """
 
 from __future__ import annotations
@@ -95,13 +97,14 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
         check_whole(self, "iterations", least=1)
 
     def begin(self, prompt: Prompt, steps: int) -> Progress:
-        """Initial state, in which no step has met the threshold."""
+        """Initial state of one image: no step has met the threshold `until` yet."""
         return Progress()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Up to `iterations` updates before each guided step; no update for a prompt of one entity.
+        """Plan up to `iterations` updates of the latent before each guided step.
 
-        `noise` holds the ratio of noise to signal before each denoising step.
+        A prompt of one entity gets no updates. `noise` holds the ratio of noise to signal before each denoising step.
+        The step size depends on this ratio.
         """
         if len(prompt.entities) < 2:
             return []
@@ -111,7 +114,11 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
         return [Update(size, self.iterations - 1, self.until) for size in sizes]
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Progress) -> Loss:
-        """Loss E, also stored as the term "outside"; the regions for the trace have the size of the largest maps."""
+        """Mean squared share of the entities' attention that lies outside their regions.
+
+        The trace stores this loss as the term "outside". The regions for the trace have the size of the largest maps
+        that are read.
+        """
         tokens = [token for entity in prompt.entities for token in entity.token_indices]
         owners = [i for i, entity in enumerate(prompt.entities) for _ in entity.token_indices]
         # Every entity has the same weight, however many tokens it has.
@@ -134,16 +141,18 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
 class Progress:
     """State of layout guidance for one image: the first step at which the loss met the threshold `until`.
 
+    The loss meets the threshold if the loss is at or below it.
+
     Attributes
     ----------
     step : int or None
-        This step, counted from 0; None as long as the threshold has not been met.
+        First step at which the loss met the threshold, counted from 0; None as long as no step has met it.
     """
 
     step: int | None = None
 
     def met(self, step: int, low: bool) -> bool:
-        """True if an earlier step met the threshold; the first step that meets it is stored.
+        """True if an earlier step met the threshold; the first step that meets the threshold is stored in `step`.
 
         Parameters
         ----------

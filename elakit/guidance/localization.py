@@ -24,45 +24,46 @@ QUANTILE = 0.8
 class FromMaps:
     """Rules by which regions are localized in the attention maps of each guided step.
 
-    The paper names the two stages (differentiation and binarization) and shows one result; the exact rules are not
-    public. The default rules and threshold reproduce the two regions of the paper's method figure (IoU .80 and .93).
+    Localization has two stages. Differentiation compares the maps of all entities, and gives each entity a score at
+    every location. Binarization puts a location in an entity's region if the entity's score there exceeds a threshold.
+    The paper on ELA names the two stages, but their exact rules are not public. The default rules reproduce the two
+    regions of the paper's method figure with IoU .80 and .93.
 
     Parameters
     ----------
     differentiation : {"argmax", "subtract-max", "subtract-mean", "none"}
-        Rule for the score of an entity at each location: "argmax" gives the entity's map where it is the largest of
-        all entities' maps, else 0; "subtract-max" and "subtract-mean" give its map minus the largest or the mean of the
-        others, at least 0; "none" gives its map.
+        Rule for the score of an entity at a location. "argmax": the value of the entity's map if this value is the
+        largest of all entities' values, else 0. "subtract-max": the value minus the largest value of the other
+        entities, at least 0. "subtract-mean": the value minus the mean value of the other entities, at least 0. "none":
+        the value itself.
     binarization : {"background", "otsu", "mean-std", "quantile"}
-        Rule for the threshold above which an entity's score puts a location in the entity's region: `threshold` times
-        the attention of the background at the same location ("background"), Otsu's threshold of the entity's scores
-        ("otsu"), their mean plus their standard deviation ("mean-std"), or their quantile `quantile` ("quantile").
+        Rule for the threshold that an entity's score must exceed. "background": `threshold` times the attention of the
+        background at the same location. "otsu": Otsu's threshold of the entity's scores. "mean-std": the mean plus the
+        standard deviation of the entity's scores. "quantile": the quantile `quantile` of the entity's scores.
     threshold : float, optional
-        Share of the background's attention at a location that an entity's score there must exceed; .1125 by default.
-        Only for ``binarization="background"``.
+        Factor of the background's attention, 0 or more; .1125 by default. Only for ``binarization="background"``.
     quantile : float, optional
-        Quantile of an entity's scores above which locations are in its region; .8 by default. Only for
-        ``binarization="quantile"``.
+        Quantile of the scores that is the threshold, 0 to 1; .8 by default. Only for ``binarization="quantile"``.
     background : {"start+end", "start"}, optional
-        Tokens whose attention stands for the background: "start+end" (default) for start-of-text, end-of-text and
-        padding, or "start" for start-of-text alone, as in the paper's figure. In Stable Diffusion nearly all of this
-        attention is on start-of-text, in picture-world on the padding. Models that read the prompt with T5 alone
+        Tokens whose summed attention stands for the background. "start+end" (default): start-of-text, end-of-text and
+        padding. "start": start-of-text alone, as in the paper's figure. Models that read the prompt with T5 alone
         (PixArt, FLUX) have no start-of-text; both values then mean end-of-text and padding. Only for
         ``binarization="background"``.
     subtract_pedestal : bool
         Whether the smallest value of each entity's map is subtracted before differentiation.
     smooth : float
-        Standard deviation, in locations, of a Gaussian filter applied to the maps first; 0 switches it off.
+        Standard deviation, in locations, of a Gaussian filter that is applied to the maps first; 0 applies no filter.
     min_area : int, optional
-        Smallest area of a region, in locations; by default 2% of the map. A smaller region is enlarged to it.
+        Smallest area of a region, in locations; by default 2% of the map. Smaller regions are enlarged to this area.
     lock_from : int, optional
-        Denoising step, counted from 0: the regions localized at the first guided step at or after it are kept until the
-        end of the run. By default regions are localized again at every guided step.
+        Denoising step, counted from 0, at which the regions are locked: the regions localized at this step are kept
+        until the end of the run. If the step is not guided, the next guided step counts. By default, regions are
+        localized again at every guided step.
 
     Raises
     ------
     SettingError
-        An option is unknown, out of range, or has no effect together with the others.
+        An option is unknown, is out of range, or has no effect with this `binarization`.
 
     Examples
     --------
@@ -110,7 +111,9 @@ class FromMaps:
 
     @classmethod
     def figure(cls) -> FromMaps:
-        """Settings for the maps of the paper's method figure: start-of-text as background, no pedestal subtracted.
+        """Rules for the attention maps that the method figure of the paper on ELA shows.
+
+        The background is start-of-text alone, and the smallest value of a map is not subtracted from the map.
 
         Examples
         --------
@@ -120,7 +123,11 @@ class FromMaps:
         return cls(background="start", subtract_pedestal=False)
 
     def rule(self) -> dict[str, Any]:
-        """Keyword arguments for `elakit.regions.localize` that these options stand for."""
+        """Options of this object, as keyword arguments of `elakit.regions.localize`.
+
+        The options `background` and `lock_from` are left out, because `elakit.regions.localize` does not have them. If
+        `threshold` or `quantile` is None, its default value is returned.
+        """
         return {
             "differentiation": self.differentiation,
             "binarization": self.binarization,
@@ -132,23 +139,29 @@ class FromMaps:
         }
 
     def masks(self, entities: Tensor, background: Tensor) -> np.ndarray:
-        """Regions of the entities.
+        """Localize the region of each entity by these rules.
 
         Parameters
         ----------
         entities : Tensor, (entity, y, x)
-            Attention probabilities.
+            Attention map of each entity, as probabilities.
         background : Tensor, (y, x)
-            Attention of the background, from `rest`.
+            Attention of the background: the result of `rest`.
 
         Returns
         -------
         ndarray, bool, (entity, y, x)
+            Region of each entity. The regions are disjoint.
         """
         return localize(entities, background, **self.rule()).masks
 
     def rest(self, maps: Tensor, prompt: Prompt) -> Tensor:
-        """Attention that stands for the background; (token, y, x) -> (y, x)."""
+        """Attention of the background: the sum of the maps of some special tokens; (token, y, x) -> (y, x).
+
+        The tokens are start-of-text, end-of-text and padding, or start-of-text alone if the option `background` is
+        "start". In a text without start-of-text (T5), the tokens are always end-of-text and padding. `maps` has one map
+        per text position.
+        """
         end = maps[list(prompt.end_positions(len(maps)))].sum(0)
         if prompt.start_index is None:
             return end
@@ -156,32 +169,38 @@ class FromMaps:
         return start if self.background == "start" else start + end
 
     def locks(self, step: int) -> bool:
-        """True if the regions of a denoising step, counted from 0, are kept for the following steps."""
+        """True if the regions of step `step` are to be kept until the end of the run.
+
+        The result is True from step `lock_from` on; both numbers count from 0. If `lock_from` is None, the result is
+        False.
+        """
         return self.lock_from is not None and step >= self.lock_from
 
 
 @dataclass
 class Anchors:
-    """State of the regions of one image during a run.
+    """State of the regions of one image during a run with `ELA` or `RegionalAttention`.
 
-    Changing the state, for example through `steer`, takes effect at the next guided step.
+    A change of the state, for example by `steer`, takes effect at the next guided step.
 
     Attributes
     ----------
     masks : ndarray, bool (entity, y, x), or None
-        Locked regions of all entities; None while regions are localized at each step.
+        Regions of all entities that are kept until the end of the run; None while regions are found again at each step.
     given : layout or None
-        Regions given by hand; None if there are none.
+        Regions given by hand: one box or mask per entity, in the order of the prompt. An item that is None stands for
+        an entity whose region the method finds. If `given` itself is None, the method finds all regions.
     held : ndarray, bool (entity, y, x), or None
-        Regions to which a method restricted attention in the last pass; None if attention was not restricted.
+        Regions to which `RegionalAttention` restricted attention most recently; None before the first restriction.
     began : bool
-        Whether an anchoring loss has been computed for the image in this run.
+        Whether ELA has computed the loss that anchors entities in their regions for this image.
     first : int
-        Step at which anchoring starts, counted from 0; in the steps before it, the entities' maps are moved apart.
+        First step at which ELA anchors the entities in their regions, counted from 0. In the earlier steps, ELA moves
+        the maps of the entities apart.
     memory : Memory
-        Maps of the previous step, for the loss that moves the entities' maps apart.
+        Maps of the previous step, for the loss with which ELA moves the maps of the entities apart.
     steered : bool
-        Whether regions were changed during the run. The image is then guided again, even if its guidance had ended.
+        Whether regions were changed during the run. If True, the image is guided again, even if its guidance had ended.
     """
 
     masks: np.ndarray | None = None
@@ -193,23 +212,26 @@ class Anchors:
     memory: Memory = field(default_factory=Memory)
 
     def steer(self, given: Layout | None) -> None:
-        """Replace the regions given by hand, from the next guided step on, and localize all others again.
+        """Replace the regions given by hand, from the next guided step on.
+
+        The method finds the regions of entities without a given region again.
 
         Parameters
         ----------
         given : layout or None
-            One region per entity, with None for each entity whose region is to be localized. None in place of the
-            whole layout localizes all entities.
+            One region per entity, in the order of the prompt: a box (left, top, right, bottom) as fractions of the
+            image, or a boolean mask (y, x). An item that is None stands for an entity whose region the method finds. If
+            `given` itself is None, the method finds all regions.
 
         Raises
         ------
         SettingError
-            `given` is not a layout, or a region is empty or leaves the image.
+            `given` is not a sequence of boxes and masks, or a region is empty or leaves the image.
 
         Examples
         --------
         >>> anchors = Anchors()
-        >>> anchors.steer([(0, 0, 0.5, 1), None])  # the second entity is still localized
+        >>> anchors.steer([(0, 0, 0.5, 1), None])  # a box for the first entity; the method finds the second region
         >>> anchors.given
         ((0.0, 0.0, 0.5, 1.0), None)
         """
@@ -219,33 +241,34 @@ class Anchors:
 
 
 def entity_means(maps: Tensor, prompt: Prompt) -> Tensor:
-    """Map of each entity, the mean over the tokens of its noun; (token, y, x) -> (entity, y, x)."""
+    """One map per entity: the mean map of the tokens of the entity's noun; (token, y, x) -> (entity, y, x)."""
     return torch.stack([maps[list(entity.token_indices)].mean(0) for entity in prompt.entities])
 
 
 def is_complete(given: Layout | None) -> bool:
-    """True if a layout is given and has a region for every entity."""
+    """True if `given` has a region for every entity; False if `given` is None or one of its items is None."""
     return given is not None and all(region is not None for region in given)
 
 
 def complete(given: Layout, entities: Tensor, background: Tensor, rule: FromMaps) -> np.ndarray:
-    """Regions of all entities: those given by hand, and the others localized in the remaining locations.
+    """Find the regions of the entities without a given region, in the locations that no given region covers.
 
     Parameters
     ----------
     given : layout
-        One region per entity; None stands for an entity that is localized.
+        Regions given by hand: one box or mask per entity; None for each entity whose region is to be localized.
     entities : Tensor, (entity, y, x)
-        Attention of the entities.
+        Attention maps of all entities.
     background : Tensor, (y, x)
-        Attention of the background, from `FromMaps.rest`.
+        Attention of the background: the result of `FromMaps.rest`.
     rule : FromMaps
-        Rules by which the other regions are localized.
+        Rules by which the missing regions are localized.
 
     Returns
     -------
     ndarray, bool, (entity, y, x)
-        Disjoint regions.
+        Regions of all entities. They are disjoint: a location in several given regions is assigned to the smallest of
+        these regions.
     """
     masks = apart(layout_masks(given, (entities.shape[1], entities.shape[2]), len(entities)))
     others = [i for i, region in enumerate(given) if region is None]

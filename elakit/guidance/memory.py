@@ -1,4 +1,4 @@
-"""Memory of an image's attention maps, for methods that compare a step with the previous one."""
+"""Memory of an image's attention maps, for methods that compare a step with the previous step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 @dataclass
 class Memory:
-    """Maps of an image's last pass, for methods that compare a step with the previous one.
+    """Maps of an image at the latest step and at the previous step, for methods that compare the two steps.
 
     Attributes
     ----------
     step : int or None
-        Step of the last pass, counted from 0; None before the first pass.
+        Latest step, counted from 0; None as long as no maps are stored.
     latest : Tensor or None
-        Maps of the last pass.
+        Maps of the latest denoiser call in the latest step; None as long as no maps are stored.
     before : Tensor or None
-        Maps of the last pass of the previous step; None at the first step.
+        Maps of the last denoiser call in the previous step; None if there is no previous step.
     """
 
     step: int | None = None
@@ -26,12 +26,15 @@ class Memory:
     before: Tensor | None = None
 
     def recall(self, step: int, maps: Tensor) -> Tensor | None:
-        """Return the maps of the previous step (None at the first), and keep `maps` for the next step.
+        """Store `maps` as the latest maps of step `step`, and return the maps of the previous step.
 
-        If a step has several passes, the maps of its last pass are kept.
+        If the previous step had several denoiser calls, the maps of its last call are returned. At the first step, the
+        result is None.
 
         Examples
         --------
+        Maps 1 and 2 belong to step 0, and maps 3 and 4 to step 1. In step 1, the result is 2, the last map of step 0:
+
         >>> import torch
         >>> memory = Memory()
         >>> [memory.recall(step, torch.tensor(value)) for step, value in ((0, 1), (0, 2), (1, 3), (1, 4))]

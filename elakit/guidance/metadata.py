@@ -18,15 +18,18 @@ from elakit.errors import SettingError
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a method.
+    """One option of a guidance method: a field of the method's dataclass, or a field of one of the method's parts.
+
+    A part is a field that is a dataclass itself, such as ``anchor`` of `ELA`.
 
     Attributes
     ----------
     name : str
-        Dotted name: the part that the option belongs to (if any), a dot and the keyword argument, as in
-        "anchor.step_size"; without a part, the keyword argument alone.
+        Name of the field, such as "size". For a field of a part, the name of the part and a dot precede the name of the
+        field, as in "anchor.step_size".
     owner : type
-        Class that the option is a field of; its docstring describes the option.
+        Class that has the field: the method's class or the part's class. The docstring of this class describes the
+        option.
     hint : object
         Type hint of the value.
     default : object
@@ -40,7 +43,7 @@ class Option:
 
     @property
     def field_name(self) -> str:
-        """Name of the field in `owner`."""
+        """Name of the option without its part: "step_size" for the option "anchor.step_size"."""
         return self.name.rpartition(".")[2]
 
 
@@ -48,7 +51,10 @@ REQUIRED: Any = MISSING
 
 
 def method_options(method: type[Any]) -> tuple[Option, ...]:
-    """Options of a method in the order of its fields, with those of nested dataclasses, such as "anchor.step_size".
+    """Options of a method, in the order of the fields of its class.
+
+    If a field is a dataclass itself, the result has the options of this dataclass instead of the field. The names of
+    such options are dotted, such as "anchor.step_size".
 
     Parameters
     ----------
@@ -78,17 +84,17 @@ def method_options(method: type[Any]) -> tuple[Option, ...]:
 
 
 def is_part(hint: Any) -> bool:
-    """True if the type of a field is a part, a dataclass with options of its own."""
+    """True if a type hint is a dataclass, so that a field of this type has options of its own."""
     return isinstance(hint, type) and is_dataclass(hint)
 
 
 def option_values(method: Any) -> dict[str, Any]:
-    """Values of a method's options by dotted name.
+    """Values of a method's options, by dotted names such as "anchor.step_size".
 
     Parameters
     ----------
     method : Method
-        A guidance method; for any other object the result is empty.
+        A guidance method. For an object of another kind, the result is empty.
 
     Returns
     -------
@@ -113,17 +119,17 @@ def option_values(method: Any) -> dict[str, Any]:
 
 
 def options_of(method: Any) -> dict[str, Any]:
-    """Values of a method's options by dotted name, in a form that JSON can represent.
+    """Values of a method's options in a form that JSON can represent, by dotted names such as "anchor.step_size".
 
     Parameters
     ----------
     method : Method
-        A guidance method; for any other object the result is empty.
+        A guidance method. For an object of another kind, the result is empty.
 
     Returns
     -------
     dict of str to object
-        Result of `option_values` with nested lists instead of arrays.
+        Result of `option_values`, with nested lists instead of arrays.
 
     Examples
     --------
@@ -135,14 +141,14 @@ def options_of(method: Any) -> dict[str, Any]:
 
 
 def build(method: type[Any], values: Mapping[str, Any]) -> Any:
-    """Create a method from option values by dotted name; the other options keep their defaults.
+    """Create a method from the values of some of its options; the other options keep their defaults.
 
     Parameters
     ----------
     method : type
         Class of a guidance method, a dataclass.
     values : mapping of str to object
-        Values by dotted name.
+        Values of options, by dotted names such as "anchor.step_size".
 
     Returns
     -------
@@ -151,7 +157,7 @@ def build(method: type[Any], values: Mapping[str, Any]) -> Any:
     Raises
     ------
     SettingError
-        `values` names an option that the method does not have, lacks a required one, or has a value that is refused.
+        `values` contains an unknown option or a value that the method does not accept, or a required option is missing.
 
     Examples
     --------
@@ -185,18 +191,19 @@ def build(method: type[Any], values: Mapping[str, Any]) -> Any:
 
 
 def as_code(method: type[Any], values: Mapping[str, Any], module: str = "elakit.guidance") -> str:
-    """Python code that creates a method from option values by dotted name.
+    """Python code that creates a method with given values of its options.
 
-    The arguments are in the order of `values`, but parts, such as ``anchor=...`` for "anchor.step_size", come last.
+    The arguments of the call are in the order of `values`, but parts come last. A part is an argument that is a
+    dataclass itself, such as ``anchor=...`` for the option "anchor.step_size".
 
     Parameters
     ----------
     method : type
         Class of a guidance method, a dataclass.
     values : mapping of str to object
-        Values by dotted name. Options that are left out keep their defaults.
+        Values of options, by dotted names such as "anchor.step_size". Options that are left out keep their defaults.
     module : str
-        Module through which the code refers to the classes.
+        Name of the module that precedes the name of each class in the code.
 
     Returns
     -------

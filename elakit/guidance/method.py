@@ -25,20 +25,22 @@ class Attention:
     Attributes
     ----------
     cross : tuple of Tensor, each (head, token, y, x)
-        Raw probabilities of the selected layers, in forward order: the share of a location's attention that each token
-        receives.
+        Cross-attention of each layer that the method selects, in forward order. The values are raw probabilities: the
+        share of a location's attention that each token receives.
     own : tuple of Tensor, each (head, y, x, y, x)
-        Self-attention of the same blocks: from each location (first y, x) to all locations (last y, x). Empty unless
-        the method's `reads_self` is True.
+        Self-attention in the blocks of the selected layers: from each location (first y, x) to all locations (last y,
+        x). Empty unless the method's attribute `reads_self` is True.
 
     Raises
     ------
     SettingError
-        `mean` or `own_mean` is read, and the layers have maps of different sizes.
+        `mean` or `own_mean` is read, but the layers have maps of different sizes.
 
     Examples
     --------
-    >>> layer = torch.tensor([[[[0.2]], [[0.8]]], [[[0.4]], [[0.6]]]])  # two heads, two tokens, one location
+    The mean over two heads, for two tokens at one location:
+
+    >>> layer = torch.tensor([[[[0.2]], [[0.8]]], [[[0.4]], [[0.6]]]])
     >>> Attention((layer,)).mean.flatten()
     tensor([0.3000, 0.7000])
     """
@@ -53,7 +55,10 @@ class Attention:
 
     @cached_property
     def own_mean(self) -> Tensor:
-        """Self-attention averaged over heads, then over layers; (y, x, y, x)."""
+        """Self-attention from each location (first y, x) to all locations (last y, x); (y, x, y, x).
+
+        The maps are averaged over heads, then over layers.
+        """
         return _mean(self.own, 2)
 
 
@@ -69,24 +74,23 @@ def _mean(layers: Sequence[Tensor], spatial: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """Loss of a method on the attention of one image.
+    """Loss of a method for one image at one step.
 
     Attributes
     ----------
     total : Tensor, scalar
-        Total loss, with its autograd graph.
+        Loss whose gradient the latent steps follow, with its autograd graph.
     terms : dict of str to float
-        Named parts of the loss, for the trace.
+        Values of the terms of the loss, by name, for the trace.
     regions : ndarray, bool, (entity, y, x), optional
-        Regions of the entities, for the trace; None if the method has none.
+        Regions of the entities, for the trace; None if the method has no regions.
     goal : float, optional
-        Value that is compared with `Update.until`: refinement ends as soon as `goal` is at most `until`. By default
-        `total` is compared.
+        Number that ends a refinement as soon as it is at most `Update.until`; by default the value of `total`.
     refinement : Tensor, scalar, optional
-        Loss whose gradient the latent steps of a refinement follow; by default the total.
+        Loss whose gradient the latent steps of a refinement follow; by default `total`.
     enough : bool
-        Whether the image needs no more guidance. If True, it is not guided from this step on, and needs no further
-        gradient passes.
+        Whether the image needs no more guidance. If True, the guidance of the image ends at once: no further latent
+        step is made, in this step or a later step.
     """
 
     total: Tensor
@@ -99,25 +103,25 @@ class Loss:
 
 @dataclass(frozen=True)
 class Update:
-    """Guidance of one denoising step: latent steps before it, edits of attention scores in it, or both.
+    """Guidance of one denoising step: latent steps before the denoising step, edits of its attention scores, or both.
 
     Attributes
     ----------
     size : float
-        Step size: each latent step subtracts `size` times `Method.direction` from the latent. 0 if the latent is not
-        moved.
+        Step size: each latent step subtracts `size` times `Method.direction` from the latent. With 0, the latent does
+        not move.
     repeats : int
-        Largest number of latent steps of the refinement, each with a new gradient; 0 for no refinement.
+        Largest number of latent steps in the refinement, each with a new gradient; 0 for no refinement.
     until : float, optional
-        Value of the loss (of `Loss.goal`, if there is one) at or below which refinement ends. By default it ends after
-        `repeats` latent steps.
+        Goal of the refinement, which ends early if the loss is at or below `until`. `Loss.goal`, if given, takes the
+        place of the loss. By default, all `repeats` latent steps are made.
     final : bool
-        Whether one more latent step follows the refinement, whatever the loss is. Without refinement, this latent step
-        is the only one before the denoising step.
+        Whether one more latent step follows after the refinement, even if the refinement ended early. Without a
+        refinement, this is the only latent step before the denoising step.
     hold : bool
-        Whether attention scores are edited in the denoising step (see `EditsScores`).
+        Whether `EditsScores.hold` edits attention scores in the denoising step.
     raw : bool
-        Whether latent steps follow the raw gradient instead of the method's `direction`.
+        Whether latent steps follow the raw gradient of the loss instead of `Method.direction`.
     """
 
     size: float
@@ -135,10 +139,10 @@ class ScoreEdit:
     Attributes
     ----------
     change : callable
-        ``change(site, scores)`` returns the change of one layer's scores, or None for no change. It is called each time
-        a layer runs; see `elakit.attention.rescoring.rescored`.
+        Function that is called as ``change(site, scores)`` each time a layer runs. The function returns the change of
+        the layer's scores, or None for no change; see `elakit.attention.rescoring.rescored`.
     regions : ndarray, bool, (entity, y, x), optional
-        Regions for the trace; by default those of the loss.
+        Regions that the trace stores for this step; by default the regions of the method's loss.
     """
 
     change: Callable[[Site, Scores], Change | None]
@@ -146,7 +150,7 @@ class ScoreEdit:
 
 
 class Method(Protocol):
-    """Interface of a guidance method; methods are frozen dataclasses whose fields are their options.
+    """Interface of a guidance method. A method is a frozen dataclass, and its fields are its options.
 
     Attributes
     ----------
@@ -154,13 +158,14 @@ class Method(Protocol):
         Key in `elakit.guidance.METHODS`, on the command line and in files, such as "attend-and-excite".
     title : str
         Name shown in figures, reports and widgets, such as "Attend-and-Excite".
-    takes_regions, needs_regions : bool
-        Whether the method has an option ``regions`` (one region per entity, given by hand), and whether that option
-        is required.
+    takes_regions : bool
+        Whether the method has an option ``regions``, with which the user gives one region per entity.
+    needs_regions : bool
+        Whether the option ``regions`` is required.
     steerable : bool
-        Whether regions can be changed during a run, through ``steer`` of the state (see `Anchors`).
+        Whether regions can be changed during a run. The state of an image then has a method ``steer``, as in `Anchors`.
     reads_self : bool
-        Whether the loss reads self-attention, too.
+        Whether the loss also reads self-attention.
     """
 
     name: ClassVar[str]
@@ -171,95 +176,131 @@ class Method(Protocol):
     reads_self: ClassVar[bool]
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that the loss reads, of all `layers` and in their order; `latent` is (height, width) of the latent."""
+        """Layers that the loss reads, chosen from all `layers` of the model.
+
+        The result keeps the order of `layers`. `latent` is the (height, width) of the latent.
+        """
 
     def begin(self, prompt: Prompt, steps: int) -> Any:
-        """Initial state of one image in a run of `steps` steps, such as locked regions; each call of `loss` gets it."""
+        """State of one image at the start of a run of `steps` steps; None if the method keeps no state.
+
+        The state may contain, for example, the regions of the entities. Each call of `loss` for the image receives the
+        state.
+        """
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> Sequence[Update]:
-        """One update per denoising step, from the first on; steps after the last update are not guided.
+        """Plan of a run: one update per denoising step, beginning with the first step.
 
-        `noise` has one item per step of the run: the ratio of the standard deviations of noise and signal before that
-        step.
+        Steps after the last update are not guided. `noise` has one number per step of the run: the ratio of noise to
+        signal before the step. Noise and signal are measured by their standard deviations.
         """
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
-        """Loss on the attention of one image at a step, counted from 0; `state` is from `begin`."""
+        """Loss of one image at one step, computed from the attention of the image.
+
+        `step` is the denoising step, counted from 0. `state` is the state of the image, from `begin`.
+        """
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """Direction of a latent step: `Update.size` times this vector is subtracted from one image's latent.
+        """Direction of a latent step of one image, computed from the gradient of the loss.
 
-        The latent is scaled to unit variance, and `gradient` is the gradient of the loss with respect to this scaled
-        latent. Methods return the gradient itself, or normalize it.
+        A latent step subtracts `Update.size` times the direction from the latent. `gradient` is the gradient of the
+        loss with respect to the latent. Direction and gradient refer to the latent scaled to unit variance. Methods
+        return the gradient itself, or normalize the gradient.
         """
 
 
 @runtime_checkable
 class EditsScores(Protocol):
-    """Method that also edits attention scores, in the steps whose `Update.hold` is True."""
+    """Interface of methods that also edit attention scores, in the steps whose `Update` has ``hold=True``."""
 
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Any
     ) -> ScoreEdit | None:
-        """Edit of one image's scores in one step; None for no edit.
+        """Edit of one image's attention scores in one denoising step; None for no edit.
 
-        The edit acts in the pipeline's denoiser call and in the passes from which the step's gradient is computed, if
-        there are any (`Site.gradient` is True in these). `attention` is that of the previous denoiser call, None before
-        the first one; `size` is (rows, columns) of the maps that are read. If the step does not move the latent,
-        `Method.loss` is called after the denoiser call, with the attention of the edited call.
+        The edit acts in the pipeline's denoiser call. If the step also moves the latent, the edit acts in the denoiser
+        calls that compute the gradient, too; `Site.gradient` is True in these calls. If the step does not move the
+        latent, `Method.loss` is called after the pipeline's denoiser call, with the edited attention.
+
+        Parameters
+        ----------
+        attention : Attention or None
+            Attention of the image in the previous denoiser call; None before the first call.
+        size : tuple of int
+            (rows, columns) of the maps that the method reads.
+        prompt : Prompt
+        step : int
+            Denoising step, counted from 0.
+        state : object
+            State of the image, from `Method.begin`.
         """
 
 
 @runtime_checkable
 class Encodes(Protocol):
-    """Method that changes the text states of the whole run."""
+    """Interface of methods that change the text states for the whole run."""
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-        """Text states of the prompt for a run with this method; `conditioning` has those of a plain run."""
+        """Conditioning with the text states for a run with this method.
+
+        `conditioning` has the text states of a plain run.
+        """
 
 
 @runtime_checkable
 class Rehearses(Protocol):
-    """Method that first observes some steps of a plain run, before the guided run starts from the same noise.
+    """Interface of methods that first observe some steps of a plain run.
+
+    The guided run then starts from the same noise.
 
     Attributes
     ----------
     steps : int
-        Number of plain steps.
+        Number of plain steps that the method observes.
     """
 
     @property
     def steps(self) -> int:
-        """Number of plain steps."""
+        """Number of plain steps that the method observes before the guided run."""
 
     def rehearse(self, passes: Sequence[Attention], prompt: Prompt, state: Any) -> None:
-        """Change `state`, that of one image, according to the attention of its plain steps.
+        """Change the state of one image according to the attention in its plain steps.
 
-        Each item of `passes` is the attention of one step, averaged over heads, with self-attention if `reads_self`.
+        `passes` has the attention of each plain step, averaged over heads. Self-attention is included if the method's
+        attribute `reads_self` is True. `state` is the state of the image, from `Method.begin`.
+        `state` is changed in place.
         """
 
 
 @runtime_checkable
 class NoiseSearch(Protocol):
-    """Method that also chooses the initial noise of a run."""
+    """Interface of methods that also choose the initial noise of a run."""
 
     def search(
         self, noise: Tensor, attend: Callable[[Tensor], Attention], prompt: Prompt
     ) -> tuple[Tensor, Iterable[dict[str, Any]]]:
-        """Find the initial noise for one image; return it, and one dictionary per trial for the trace.
+        """Find the initial noise for one image; return the noise, and one dictionary per trial for the trace.
 
-        `noise` is a batch of one image, of unit variance, and so is the result. ``attend(noise)`` returns the
-        differentiable attention that this noise gives at the first timestep.
+        `noise` is the noise with which the run would start without the search. It is a batch of one image, with unit
+        variance. The returned noise has the same shape and scale. ``attend(trial)`` returns the attention at the first
+        timestep for the noise ``trial``; the attention is differentiable.
         """
 
 
 def editor_of(method: Method, updates: Sequence[Update]) -> EditsScores | None:
     """Return the method if its plan edits attention scores, else None.
 
+    Parameters
+    ----------
+    method : Method
+    updates : sequence of Update
+        Plan of the method. The plan edits attention scores if any update has ``hold=True``.
+
     Raises
     ------
     TypeError
-        The plan edits scores, but the method has no `hold`.
+        The plan edits attention scores, but the method has no function `hold`.
 
     Examples
     --------
@@ -281,15 +322,18 @@ def editor_of(method: Method, updates: Sequence[Update]) -> EditsScores | None:
 def layers_of_size(
     layers: Sequence[AttentionLayer], latent: tuple[int, int], size: int | None, native: int, who: str
 ) -> tuple[AttentionLayer, ...]:
-    """Layers that a method reads: those with maps of a given size, by default the size nearest to the paper's.
+    """Layers that a method reads: all layers whose maps have the size `size`, by default the size nearest to `native`.
 
-    The size of a map is the number of locations along its longer side: the longer side of the latent divided by the
-    layer's `factor`. For a latent of 64 x 96, a layer with factor 2 has maps of 32 x 48 locations, so their size is 48.
+    The size of a map is the number of locations along its longer side. For a latent of 64 x 96, a layer with factor 2
+    has maps of 32 x 48 locations, so their size is 48.
 
-    The default size is chosen among the sizes in the downward and upward blocks of a U-Net. The middle block is read
-    only if its maps have the chosen size, or if `layers` has no other layers. For example, the maps of Stable Diffusion
-    2.x at 768 pixels have sizes 96, 48 and 24 in the downward and upward blocks and 12 in the middle block. The default
-    for `native` 16 is then 24, as in the authors' code, although 12 is nearer to 16.
+    The default considers only the downward and upward blocks of a U-Net: the size nearest to `native` is chosen from
+    the sizes of the maps in these blocks. Layers of the middle block are read only if their maps have the chosen size.
+    If `layers` has layers of the middle block alone, the size of their maps is chosen.
+
+    For example, Stable Diffusion 2.x at 768 pixels has maps of sizes 96, 48 and 24 in the downward and upward blocks,
+    and of size 12 in the middle block. For `native` 16, the default is 24, as in the authors' code, although 12 is
+    nearer to 16.
 
     Parameters
     ----------
@@ -298,12 +342,11 @@ def layers_of_size(
     latent : tuple of int
         (height, width) of the latent.
     size : int, optional
-        Size of the maps to read. By default, of the sizes in the downward and upward blocks, the one nearest to
-        `native` is read.
+        Size of the maps to read; by default the size nearest to `native`, chosen as described above.
     native : int
-        Size of the maps that the method's paper reads.
+        Size of the maps that the authors of the method read.
     who : str
-        Name of the method's class, for the message of the error.
+        Name of the method's class, for the error message.
 
     Returns
     -------
@@ -312,7 +355,7 @@ def layers_of_size(
     Raises
     ------
     SettingError
-        None of the layers has maps of the given size; the message lists the sizes that there are.
+        No layer has maps of size `size`. The message lists the available sizes.
     """
     sides = {layer.factor: -(-max(latent) // layer.factor) for layer in layers}
     if size is not None and size not in sides.values():
@@ -331,18 +374,24 @@ def layers_of_size(
 
 
 def check_method(value: Any, name: str = "guidance") -> Method:
-    """Check that a value is a guidance method, and return it.
+    """Check that a value is a guidance method, and return the method.
 
     Parameters
     ----------
     value : object
+        Value to check.
     name : str
-        Name of the argument, for the message.
+        Name of the argument, for the error message.
+
+    Returns
+    -------
+    Method
+        The same object as `value`.
 
     Raises
     ------
     SettingError
-        The value is the class or the name of a method, or has no loss, plan or selection of layers.
+        The value is a class, or lacks one of the attributes `loss`, `plan`, `select` and `name`.
 
     Examples
     --------

@@ -12,20 +12,33 @@ from elakit import checks
 
 
 def refuse(method: Any, option: str, rule: str) -> NoReturn:
-    """Raise the SettingError of an option: "SynGen(guided=2): must be ...", where `rule` completes the sentence."""
+    """Raise the SettingError for a wrong value of a method's option.
+
+    `option` is the name of the option. `rule` states the allowed values: with the rule "a number from 0 to 1", the
+    message is "SynGen(guided=2): must be a number from 0 to 1."
+    """
     checks.refuse(getattr(method, option), option, rule, owner=type(method).__name__)
 
 
 def check_acts(method: Any, cause: str, *options: str) -> None:
-    """Refuse options that differ from their defaults although another option makes them ineffective.
+    """Check that ineffective options have their default values.
+
+    The value of another option, such as "weight=0", makes these options ineffective.
 
     Parameters
     ----------
     method : Method
+        Method whose options are checked.
     cause : str
-        Option that switches the others off, with its value, such as "weight=0".
+        The other option with its value, such as "weight=0", for the error message. The caller makes sure that the
+        option has this value.
     *options : str
-        Names of the options without effect.
+        Names of the options that have no effect.
+
+    Raises
+    ------
+    SettingError
+        The value of an ineffective option differs from its default.
     """
     defaults = {each.name: each.default for each in fields(method)}
     for option in options:
@@ -34,44 +47,59 @@ def check_acts(method: Any, cause: str, *options: str) -> None:
 
 
 def check_numbers(method: Any, *options: str) -> None:
-    """Refuse options that are not finite numbers of 0 or more; convert NumPy numbers."""
+    """Check that the named options of a method are finite numbers, 0 or more; otherwise raise a SettingError.
+
+    NumPy numbers in the fields of `method` are replaced by Python numbers.
+    """
     for option in options:
         if not is_number(number(method, option)):
             refuse(method, option, "a finite number, 0 or more")
 
 
 def check_whole(method: Any, *options: str, least: int = 0) -> None:
-    """Refuse options that are not whole numbers of at least `least`; convert NumPy integers to int."""
+    """Check that the named options of a method are whole numbers, at least `least`; otherwise raise a SettingError.
+
+    NumPy integers in the fields of `method` are replaced by Python integers.
+    """
     for option in options:
         value = checks.whole_number(getattr(method, option), option, least, owner=type(method).__name__)
         object.__setattr__(method, option, value)
 
 
 def check_flag(method: Any, *options: str) -> None:
-    """Refuse options that are neither True nor False."""
+    """Check that the named options of a method are True or False; otherwise raise a SettingError."""
     for option in options:
         checks.boolean(getattr(method, option), option, owner=type(method).__name__)
 
 
 def check_guided(method: Any) -> None:
-    """Refuse a ``guided`` that is not a number from 0 to 1; convert NumPy numbers."""
+    """Check that the option ``guided`` of a method is a number from 0 to 1; otherwise raise a SettingError.
+
+    A NumPy number in the field of `method` is replaced by a Python number.
+    """
     if not is_number(number(method, "guided"), most=1):
         refuse(method, "guided", "a number from 0 to 1 (a share of the steps)")
 
 
 def check_refine(method: Any, goal: str) -> None:
-    """Refuse a ``refine`` that is not a sequence of (share, value, count); convert lists to tuples.
+    """Check the option ``refine`` of a method: a sequence of refinements, each of the form (share, value, count).
 
-    The share, from 0 to 1, is that of the denoising steps after which a refinement takes place. The value, a finite
-    number of 0 or more, is what the refinement has to reach. The count, a whole number, is its largest number of
-    updates. No two entries may have the same share.
+    The share, a number from 0 to 1, gives the step of the refinement: a share of 0.2 means that 20% of the denoising
+    steps precede the refinement. The value, a finite number of 0 or more, has to be reached by the refinement. The
+    count, a whole number of 0 or more, is the largest number of latent steps in the refinement. A sequence of another
+    type, such as a list, is converted to a tuple in the field of `method`.
 
     Parameters
     ----------
     method : Method
         Method with an option ``refine``.
     goal : str
-        Name of the value for the message, such as "largest attention to reach".
+        Description of the value for the error message, such as "largest attention to reach".
+
+    Raises
+    ------
+    SettingError
+        The option has another form, or two refinements have the same share.
     """
     rule = (
         f"a sequence of (share of the steps, {goal}, largest number of updates): a number from 0 to 1, a finite "
@@ -92,9 +120,9 @@ def check_refine(method: Any, goal: str) -> None:
 
 
 def number(method: Any, option: str) -> Any:
-    """Return the value of an option; a NumPy scalar is first converted to a Python number.
+    """Return the value of a method's option, with a NumPy scalar converted to a Python number.
 
-    The converted number replaces the NumPy scalar in the field of `method`.
+    A converted number also replaces the NumPy scalar in the field of `method`. Other values are returned unchanged.
     """
     object.__setattr__(method, option, _plain(getattr(method, option)))
     return getattr(method, option)

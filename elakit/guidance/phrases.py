@@ -25,7 +25,7 @@ class Phrase:
     Attributes
     ----------
     positions : tuple of int
-        Positions of the words' tokens in the prompt's text.
+        Positions of the words' tokens in the prompt.
     own : tuple of int
         Positions of the same tokens in the separate text.
     states : Tensor, (1, position, channel)
@@ -33,7 +33,7 @@ class Phrase:
     mask : Tensor, (1, position), or None
         Attention mask of the separate text; None if the model takes no mask.
     start : int or None
-        Position of start-of-text in the separate text; None if it has none.
+        Position of start-of-text in the separate text; None if the text has no start-of-text.
     """
 
     positions: tuple[int, ...]
@@ -44,19 +44,21 @@ class Phrase:
 
 
 def check_text(adapter: Adapter, conditioning: Conditioning, who: str) -> None:
-    """Check that a model reads one sequence of text states, and reads it in plain cross-attention layers only.
+    """Check that a model takes the prompt as one sequence of text states, and has only plain cross-attention layers.
 
     Parameters
     ----------
     adapter : Adapter
+        Adapter of the model.
     conditioning : Conditioning
+        Prompt in the form that the model takes.
     who : str
-        Name of the method that needs such a model, for the message.
+        Name of the guidance method that needs this kind of model, for the error message.
 
     Raises
     ------
     SettingError
-        The model has other layers, such as joint attention, or does not take its text as one sequence of text states.
+        The model takes the prompt in another form, or has layers of another kind, such as joint attention.
     """
     plain = all(layer.kind == "cross" and layer.layout is None for layer in adapter.layers())
     if not plain or STATES not in conditioning.inputs or _CALL[STATES] not in conditioning.call:
@@ -89,14 +91,15 @@ def phrases(adapter: Adapter, prompt: Prompt) -> list[Phrase]:
 
 
 def phrase_positions(prompt: Prompt, entity: Entity) -> tuple[int, ...]:
-    """Positions in the prompt of all tokens of an entity's phrase, such as "a red and white car".
+    """Positions of the tokens of an entity's phrase, such as "a red and white car", in the prompt.
 
-    The phrase goes from the first to the last of the entity's words, and includes the words between these. An article
-    directly before the first word belongs to the phrase, even if it is outside the entity's brackets.
+    The phrase consists of the entity's first word, its last word, and all words between the two. An article directly
+    before the first word also belongs to the phrase, even if the prompt marks the entity without the article, as in
+    "a [blue clock]".
 
     Examples
     --------
-    Position 0 is start-of-text:
+    Position 0 is start-of-text, and each word is one token:
 
     >>> import elakit
     >>> prompt = elakit.parse("a [bear] and a [blue clock]", elakit.load("picture-world"))
@@ -118,10 +121,14 @@ def phrase_positions(prompt: Prompt, entity: Entity) -> tuple[int, ...]:
 
 
 def end_of_text(prompt: Prompt) -> int | None:
-    """Position of end-of-text; None if padding precedes the words, so that the text ends with its last word.
+    """Position of end-of-text in the prompt; None if the last word ends the text.
+
+    The last word ends the text in models that put padding before the words.
 
     Examples
     --------
+    Position 0 is start-of-text, and each word is one token:
+
     >>> import elakit
     >>> end_of_text(elakit.parse("a [bear] and a [clock]", elakit.load("picture-world")))
     6
@@ -146,19 +153,20 @@ def _phrase(adapter: Adapter, prompt: Prompt, entity: Entity) -> Phrase:
 
 
 def with_text(conditioning: Conditioning, states: Tensor, mask: Tensor | None = None, times: int = 1) -> Conditioning:
-    """Copy of a conditioning with other text states for the prompt.
+    """Copy a conditioning, and replace the text states of the prompt in the copy.
 
     Parameters
     ----------
     conditioning : Conditioning
+        Conditioning to copy.
     states : Tensor, (1, position, channel)
         New text states of the prompt.
     mask : Tensor, (1, position), optional
         Attention mask of `states`; by default the mask in `conditioning` stays.
     times : int
-        Number of copies of the negative prompt's text states that are concatenated along the positions. The caller
-        chooses it so that the negative prompt has as many positions as `states`. Copies do not change the prediction
-        for the negative prompt, because they divide the attention of the original position among them.
+        Number of times that the negative prompt's text states are repeated along the positions. The caller chooses this
+        number, so that the negative prompt gets as many positions as `states` has. Repetition does not change the
+        prediction for the negative prompt, because the copies of a position share the attention of this position.
 
     Returns
     -------

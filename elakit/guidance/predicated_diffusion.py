@@ -1,23 +1,39 @@
-"""Predicated Diffusion: predicate logic on the prompt, with attention as the truth of "a location shows the word".
+"""Predicated Diffusion: losses from logical statements about the prompt, in which attention stands for truth.
 
 Sueyoshi and Matsubara, "Predicated Diffusion: Predicate Logic-Based Attention Guidance for Text-to-Image Diffusion
 Models", CVPR 2024 (arXiv:2311.16117), and its released code (pipeline_predicated_diffusion.py, the loss
-"attention_product_prob"). In product fuzzy logic a proposition's loss is the negative logarithm of its truth:
+"attention_product_prob").
 
-    existence       exists p: noun(p)                     -log(1 - exp(mean_p log(1 - A'_noun(p) + 1e-4)))
-    correspondence  for all p: noun(p) <-> attribute(p)   mean_p of -log(1 - N (1 - M)) - log(1 - M (1 - N))
-    separation      for all p: not (noun(p) and m(p))     mean_p of -log(1 - N M), m an attribute of another noun
+The attention of location p to a word is the truth of "p shows the word". The loss of a statement is the negative
+logarithm of its truth in product fuzzy logic. There are three kinds of statements:
 
-A' is the softmax over tokens of 100 times the probabilities, without start-of-text; N and M are the raw maps of noun
-and attribute, each scaled to 0..1. The loss is 0.1 times the mean existence term over nouns, plus the mean
-correspondence term over pairs of noun and attribute, plus 0.3 times the mean separation term over pairs of an attribute
-and another noun. The step size at step i of n is 20 sqrt(1 - i / (2 (n - 1))) over the first 25 of 50 steps, with 5
-additional updates at the first step.
+    existence       some location shows a noun
+    correspondence  each location shows a noun if and only if it shows an attribute of this noun
+    separation      no location shows both a noun and an attribute of another noun
 
-Intended differences: words of several tokens have the mean of their maps; 1 - N (1 - M) and its like are kept at 1e-6
-or above, so that the loss stays finite in half precision (the released code adds 1e-20); the possession term ("a frog
-wearing a hat") is not used, because `elakit.parse` reads no relations; a prompt of fewer than two entities is not
-guided.
+Let N be the map of the noun, and M the map of the attribute, each scaled to 0..1. Let A be the map of the noun after a
+softmax over tokens of 100 times the probabilities, without start-of-text. With mean_p for the mean over locations, the
+losses are:
+
+    existence       -log(1 - exp(mean_p log(1 - A + 1e-4)))
+    correspondence  mean_p of -log(1 - N (1 - M)) - log(1 - M (1 - N))
+    separation      mean_p of -log(1 - N M)
+
+The loss of the image is 0.1 existence + correspondence + 0.3 separation. In this sum, existence is the mean over nouns,
+and correspondence is the mean over pairs of a noun and its attribute. Separation is the mean over pairs of a noun and
+an attribute of another noun.
+
+The first 25 of 50 steps are guided. The step size falls from 20 at step 0 to 20 sqrt(1/2) at the last step of the run.
+At the first step, 5 additional updates are made.
+
+Intended differences:
+
+- The map of a word with several tokens is the mean of the tokens' maps.
+- The argument of each logarithm is at least 1e-6, so that the loss stays finite in half precision. The released code
+  adds 1e-20 instead.
+- The possession term of the released code ("a frog wearing a hat") is not used, because `elakit.parse` reads no
+  relations.
+- A prompt of fewer than two entities is not guided.
 """
 
 from __future__ import annotations
@@ -42,25 +58,26 @@ _SMALL, _LEAST = 1e-4, 1e-6
 
 @dataclass(frozen=True)
 class PredicatedDiffusion(ReadsOneSize):
-    """Predicated Diffusion (Sueyoshi and Matsubara, CVPR 2024): losses from the prompt in predicate logic.
+    """Predicated Diffusion (Sueyoshi and Matsubara, CVPR 2024): losses from logical statements about the prompt.
 
-    The module `elakit.guidance.predicated_diffusion` states the equations and all differences from the source.
+    The loss has three terms. The existence term is small if each noun is shown at some location. The correspondence
+    term is small if the same locations show a noun and its attributes. The separation term is small if no location
+    shows both a noun and an attribute of another noun. The module `elakit.guidance.predicated_diffusion` states the
+    equations and all differences from the source.
 
     Parameters
     ----------
     step_size : float
-        Step size alpha at the first step; 20 in the released code. It decreases over the run, from this value at the
-        first step to sqrt(1/2) times this value at the last.
+        Step size alpha at the first step; 20 in the released code. The step size decreases over the run, to sqrt(1/2)
+        times this value at the last step.
     guided : float
-        Share of the denoising steps that are guided, from the first; 25 of 50 in the released code.
+        Share of the denoising steps that are guided, beginning with the first step; 25 of 50 in the released code.
     refinements : int
         Number of additional updates at the first step; 5 in the released code.
     existence : float
-        Weight of the existence term (some location shows the noun), relative to the correspondence term, whose weight
-        is 1; 0.1 in the released code.
+        Weight of the existence term; 0.1 in the released code. The weight of the correspondence term is 1.
     separation : float
-        Weight of the separation term (no location shows a noun and another noun's attribute), relative to the
-        correspondence term, whose weight is 1; 0.3 in the released code.
+        Weight of the separation term; 0.3 in the released code.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -94,9 +111,10 @@ class PredicatedDiffusion(ReadsOneSize):
         check_whole(self, "refinements")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates with decreasing step sizes, the first with a refinement; no update for a prompt of one entity.
+        """One update per guided step, with decreasing step sizes; an empty list for a prompt of one entity.
 
-        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        The update of the first step includes a refinement. `noise` holds the ratio of noise to signal before each
+        denoising step; only its length is used.
         """
         if len(prompt.entities) < 2:
             return []
@@ -104,7 +122,10 @@ class PredicatedDiffusion(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, refine=[(0.0, None, self.refinements)])
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Weighted sum of "existence", "correspondence" and "separation"; the trace stores them without weights."""
+        """Weighted sum of the three loss terms "existence", "correspondence" and "separation".
+
+        The trace stores each term before its multiplication by the weight. `step` and `state` are not used.
+        """
         maps = attention.mean
         sharp = word_softmax(maps, prompt.start_index)
         nouns = [scaled(maps[list(entity.token_indices)].mean(0)) for entity in prompt.entities]
@@ -132,8 +153,9 @@ class PredicatedDiffusion(ReadsOneSize):
 def existence(attention: Tensor) -> Tensor:
     """Loss for the statement "some location shows the word".
 
-    The loss is -log(1 - g), with g the geometric mean of 1.0001 - attention over locations. The 0.0001 avoids log(0);
-    for the same reason 1 - g is at least 1e-6.
+    Let a be the attention to the word at a location, and let g be the geometric mean of 1.0001 - a, taken over all
+    locations. The loss is -log(1 - g). The number is 1.0001 instead of 1 to avoid log(0). For the same reason, the
+    argument of the logarithm is at least 1e-6.
 
     Parameters
     ----------
@@ -156,8 +178,8 @@ def existence(attention: Tensor) -> Tensor:
 def implied(one: Tensor, other: Tensor) -> Tensor:
     """Loss for the statement "each location that shows word P also shows word Q".
 
-    The loss is the mean of -log(1 - p (1 - q)) over locations, with p and q the attention to P and Q. The argument of
-    the logarithm is at least 1e-6.
+    Let p and q be the attention to P and Q at a location. The loss is the mean of -log(1 - p (1 - q)) over all
+    locations. The argument of the logarithm is at least 1e-6.
 
     Parameters
     ----------
@@ -172,9 +194,16 @@ def implied(one: Tensor, other: Tensor) -> Tensor:
 
     Examples
     --------
+    The first of two locations has p = 1 and q = 0.5. The second has p = q = 0, and its loss is 0:
+
     >>> one, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0]])
-    >>> round(float(implied(one, other)), 3), abs(float(implied(other, one)))  # log(2) / 2
-    (0.347, 0.0)
+    >>> round(float(implied(one, other)), 3)  # -log(0.5) / 2
+    0.347
+
+    With P and Q exchanged, the first location has p = 0.5 and q = 1, and the loss is 0:
+
+    >>> abs(float(implied(other, one)))
+    0.0
     """
     return _negative_log(1 - one * (1 - other))
 

@@ -31,15 +31,19 @@ _LEVELS = 255  # the official code computes Otsu's threshold on maps quantized t
 
 
 def entity_maps(maps: Tensor, prompt: Prompt, *, normalize_eot: bool = False) -> Tensor:
-    """Sharpened and smoothed map of each entity: the mean over its noun's tokens.
+    """Map of each entity, prepared as in Attend-and-Excite.
+
+    The maps of all tokens are sharpened by `word_softmax`. The sharpened maps are averaged over the tokens of each
+    entity's noun, and then smoothed by `smooth`.
 
     Parameters
     ----------
     maps : Tensor, (token, y, x)
-        Raw probabilities of all text positions.
+        Raw attention probabilities of all text positions.
     prompt : Prompt
     normalize_eot : bool
-        Whether end-of-text and padding are left out of the softmax over tokens, see `word_softmax`.
+        Whether end-of-text and padding are left out of the softmax over tokens. If False, only start-of-text and the
+        last position are left out.
 
     Returns
     -------
@@ -50,26 +54,31 @@ def entity_maps(maps: Tensor, prompt: Prompt, *, normalize_eot: bool = False) ->
 
 
 def word_softmax(maps: Tensor, start: int | None = 0, end: int | None = None) -> Tensor:
-    """Sharpened attention without start-of-text: the softmax over tokens of 100 times the probabilities.
+    """Sharpened attention maps: the softmax over tokens of 100 times the attention probabilities.
+
+    Start-of-text and one or more positions at the end are left out of the softmax.
 
     Parameters
     ----------
     maps : Tensor, (token, y, x)
-        Raw probabilities of all text positions.
+        Raw attention probabilities of all text positions.
     start : int or None
-        Position of start-of-text; None if the text has none (T5), so that its first position is a word.
+        Position of start-of-text; None if the text has no start-of-text (T5). The softmax begins after start-of-text,
+        or at the first position of the text.
     end : int, optional
-        First of the positions at the end that are left out of the softmax; by default the last position, as in the
-        official code for Stable Diffusion 1.x. With the position of end-of-text, end-of-text and padding are left out,
-        as in the official code for 2.x (its ``normalize_eot``).
+        Position at which the softmax ends: this position and all later positions are left out. By default, only the
+        last position is left out, as in the official code for Stable Diffusion 1.x. In the official code for 2.x
+        (``normalize_eot``), `end` is the position of end-of-text.
 
     Returns
     -------
     Tensor, (token, y, x)
-        Values of all positions, so that token indices stay valid; 0 at the positions that are left out.
+        Sharpened maps of all text positions, with 0 at the positions that are left out.
 
     Examples
     --------
+    Four text positions at one location, of which the first and the last are left out:
+
     >>> maps = torch.tensor([0.7, 0.2, 0.1, 0.0]).view(4, 1, 1)
     >>> [round(value, 3) for value in word_softmax(maps).flatten().tolist()]
     [0.0, 1.0, 0.0, 0.0]
@@ -81,17 +90,18 @@ def word_softmax(maps: Tensor, start: int | None = 0, end: int | None = None) ->
 
 
 def smooth(maps: Tensor, sigma: float = 0.5) -> Tensor:
-    """Gaussian smoothing with a 3 x 3 kernel and reflected edges.
+    """Smooth maps with a Gaussian kernel of 3 x 3 locations; maps are reflected at their edges.
 
-    As in the official code of Attend-and-Excite, the weight at distance d is exp(-(d / (2 sigma))^2), and the nine
-    weights are divided by their sum. The default sigma of 0.5 is therefore a standard deviation of 0.707 locations.
+    The weight of a location at distance d is exp(-(d / (2 sigma))^2), divided by the sum of the nine weights. This is
+    the formula in the official code of Attend-and-Excite. The standard deviation of this kernel is not sigma, but sigma
+    times the square root of 2: 0.707 locations by default.
 
     Parameters
     ----------
     maps : Tensor, (n, y, x)
         Maps of at least 2 x 2 locations.
     sigma : float
-        Width in the formula above: the standard deviation in locations, divided by the square root of 2.
+        Width of the kernel, in locations: the standard deviation divided by the square root of 2.
 
     Returns
     -------
@@ -99,6 +109,8 @@ def smooth(maps: Tensor, sigma: float = 0.5) -> Tensor:
 
     Examples
     --------
+    The middle row of a map whose only value is a 1 at the center:
+
     >>> spot = torch.zeros(1, 5, 5)
     >>> spot[0, 2, 2] = 1
     >>> [round(value, 3) for value in smooth(spot)[0, 2].tolist()]
@@ -112,21 +124,26 @@ def smooth(maps: Tensor, sigma: float = 0.5) -> Tensor:
 
 
 def quantized_otsu(maps: Tensor) -> np.ndarray:
-    """Otsu masks as in the official code of InitNO and Self-Cross, with thresholds of maps quantized to 8 bits.
+    """Binarize maps by Otsu's threshold, as in the official code of InitNO and Self-Cross.
+
+    The values of a map are rounded down to gray levels from 0 to 255. Otsu's method divides these gray levels into a
+    lower and an upper class. The threshold is the highest gray level of the lower class. The mask also contains the
+    locations at this gray level, as in the official code.
 
     Parameters
     ----------
     maps : Tensor, (n, y, x)
-        Between 0 and 1.
+        Maps with values between 0 and 1.
 
     Returns
     -------
     ndarray, bool, (n, y, x)
-        Locations at or above the threshold. As in the official code, the threshold is the highest gray level of Otsu's
-        lower class, so that locations at this level belong to the mask.
+        Mask of each map: True at or above the threshold of the map.
 
     Examples
     --------
+    The lower class is 0.0 and 0.1. The gray level of 0.1 is the threshold, so that 0.1 is in the mask:
+
     >>> quantized_otsu(torch.tensor([[[0.0, 0.1, 0.9, 0.8]]])).astype(int).tolist()
     [[[0, 1, 1, 1]]]
     """
@@ -137,15 +154,19 @@ def quantized_otsu(maps: Tensor) -> np.ndarray:
 
 
 def clean_background(maps: Tensor) -> Tensor:
-    """Clean-background term of InitNO and Self-Cross: attention outside the component that contains the maximum.
+    """Clean-background term in the losses of InitNO and Self-Cross: strong attention in the background of a map.
 
-    The foreground of a map is the 4-connected component of its Otsu mask (`quantized_otsu`) that contains the map's
-    largest value; all other locations are background. A map contributes its largest background value if that exceeds
-    its smallest foreground value, else 0. The term is the sum over maps.
+    The foreground of a map is a connected component of the map's Otsu mask (`quantized_otsu`): the component that
+    contains the largest value of the map. Each location is connected to 4 neighbors. All locations outside the
+    foreground are background.
+
+    If the largest background value exceeds the smallest foreground value, the map contributes the largest background
+    value to the term. Otherwise the map contributes 0. The term is the sum over all maps.
 
     Parameters
     ----------
     maps : Tensor, (n, y, x)
+        Maps with values between 0 and 1.
 
     Returns
     -------
@@ -153,6 +174,8 @@ def clean_background(maps: Tensor) -> Tensor:
 
     Examples
     --------
+    The foreground is 0.9 and 0.8. The background value 0.85 exceeds 0.8:
+
     >>> clean_background(torch.tensor([[[0.9, 0.8, 0.0, 0.1, 0.0, 0.85]]]))
     tensor(0.8500)
     """
@@ -169,22 +192,28 @@ def clean_background(maps: Tensor) -> Tensor:
 
 @dataclass
 class RunningMaps:
-    """Exponential moving average of an image's maps over passes, for the alignment term of InitNO and Self-Cross.
+    """Exponential moving average of an image's maps, for the alignment term in the losses of InitNO and Self-Cross.
 
     Attributes
     ----------
     average : Tensor, (n, y, x), or None
-        0.9 times the previous average plus 0.1 times the latest maps. After the first pass the average equals the maps
-        of that pass; before it, the average is None.
+        Average of all maps so far; None as long as there are no maps. The first maps are the first average. Later maps
+        change the average to 0.9 times the previous average plus 0.1 times the new maps.
     """
 
     average: Tensor | None = None
 
     def distance(self, maps: Tensor) -> Tensor:
-        """Add maps to the average; return the mean absolute difference of each from its new average, summed over maps.
+        """Add maps to the moving average, and return the distance of these maps from the new average.
+
+        `maps` is (n, y, x). The distance of one map is the mean absolute difference over all locations. The result is a
+        scalar, the sum over the n maps. The new average is 0.9 times the previous average plus 0.1 times `maps`; the
+        first maps are the first average.
 
         Examples
         --------
+        The first map is 0.5. The second map is 1.0, and the new average is 0.9 * 0.5 + 0.1 * 1.0 = 0.55:
+
         >>> running = RunningMaps()
         >>> [round(float(running.distance(torch.full((1, 2, 2), value))), 2) for value in (0.5, 1.0)]
         [0.0, 0.45]
@@ -202,22 +231,25 @@ def schedule(
     last: float = 0.5,
     refine: Sequence[tuple[float, float | None, int]] = (),
 ) -> list[Update]:
-    """Updates with the step sizes of Attend-and-Excite, and refinements at given shares of the steps.
+    """Updates with the decreasing step sizes of Attend-and-Excite, and with refinements at some steps.
 
     Parameters
     ----------
     steps : int
-        Denoising steps of the run.
+        Number of denoising steps of the run.
     step_size : float
-        Step size at the first step; at step i it is ``step_size * sqrt(1 - (1 - last) i / (steps - 1))``.
+        Step size at the first step. The step size at step i, counted from 0, is
+        ``step_size * sqrt(1 - (1 - last) i / (steps - 1))``.
     guided : float
-        Share of the steps that are guided, from the first; 0.5 by default.
+        Share of the denoising steps that are guided, beginning with the first step; 0.5 by default.
     last : float
-        Squared ratio of the step size at the last step of the run to that at the first; 1 keeps the step size constant.
+        Square of a ratio: the step size at the last step of the run, divided by the step size at the first step. With
+        1, the step size is constant.
     refine : sequence of (float, float or None, int)
-        Refinements, each with three values: the step at which it takes place, as a share of all steps; the loss at
-        or below which it ends, or None to make all its latent steps; and its largest number of latent steps. If several
-        refinements fall on the same step of a short run, only the last of them takes place.
+        Refinements, each with three values. The first value is the step of the refinement, as a share of all steps. The
+        second is the loss at or below which the refinement ends; None means that all latent steps are made. The third
+        is the largest number of latent steps. If several refinements fall on the same step, only the last of these
+        refinements takes place.
 
     Returns
     -------
@@ -226,6 +258,8 @@ def schedule(
 
     Examples
     --------
+    Five of ten steps are guided. The refinement at step 0 ends at a loss of 0.95, and the refinement at step 2 at 0.5:
+
     >>> updates = schedule(10, 20.0, guided=0.5, refine=[(0.0, 0.95, 20), (0.2, 0.5, 20)])
     >>> [round(u.size, 2) for u in updates], [u.until for u in updates]
     ([20.0, 19.44, 18.86, 18.26, 17.64], [0.95, None, 0.5, None, None])
@@ -243,17 +277,23 @@ def schedule(
 def excitation(
     steps: int, prompt: Prompt, step_size: float, *, guided: float, refine: Sequence[Refinement]
 ) -> list[Update]:
-    """Updates of Attend-and-Excite and BoxDiff, whose refinements raise every entity's attention to given values.
+    """Updates of Attend-and-Excite and BoxDiff, with refinements until the attention of every entity reaches a goal.
+
+    Let a be the attention of the entity with the least attention. A refinement ends as soon as 1 - a is at most
+    `Update.until`. For a goal of 0.75, `Update.until` is therefore 0.25.
 
     Parameters
     ----------
-    steps, step_size, guided
-        See `schedule`.
+    steps : int
+        Number of denoising steps of the run.
     prompt : Prompt
+    step_size : float
+        Step size at the first step; `schedule` has the formula for the later steps.
+    guided : float
+        Share of the denoising steps that are guided, beginning with the first step.
     refine : sequence of (float, float, int)
-        Refinements, each with three values: the step at which it takes place, as a share of all steps; the attention
-        that every entity has to reach; and the largest number of latent steps in the refinement. The loss is 1 minus
-        the attention of the least attended entity, so `Update.until` is 1 minus the attention to reach.
+        Refinements, each with three values: the step of the refinement, as a share of all steps; the attention that
+        every entity has to reach; and the largest number of latent steps.
 
     Returns
     -------
@@ -262,6 +302,8 @@ def excitation(
 
     Examples
     --------
+    Three of ten steps are guided, and step 2 has a refinement with the goal 0.75:
+
     >>> import elakit
     >>> prompt = elakit.parse("a [red car] and a [bird]", elakit.load("picture-world"))
     >>> [update.until for update in excitation(10, prompt, 20.0, guided=0.3, refine=[(0.2, 0.75, 20)])]

@@ -1,10 +1,11 @@
 """Quotients whose divisor may be zero, with finite gradients.
 
-The map of a word is zero at all locations if its probabilities there are below the smallest float, or if an edit of the
-scores removes the word. Dividing such a map by its sum gives NaN, in the loss and in its gradient, and the engine then
-leaves the latent unchanged. With the functions of this module, the loss of every method is defined for such a word: the
-quotient is 0. The word itself has no influence on the latent, because the gradient of a softmax is 0 at a probability
-of 0; the other words still have theirs.
+A word's map can be zero at all locations: if the probabilities are below the smallest float, or if an edit of the
+scores removes the word. The sum of such a map is 0. Without this module, a division by the sum gives NaN in the loss
+and in the gradient, and the engine then leaves the latent unchanged.
+
+With the functions of this module, the quotient is 0, so that the loss is defined. Such a word has no influence on the
+latent, because the gradient of a softmax is 0 at a probability of 0. The other words keep their influence.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ _NOTHING = 1e-30  # divisors up to this count as 0: the gradients of smaller one
 
 
 def ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """Quotient of a part and the whole that contains it, neither of them negative; 0 where the whole is 0.
+    """Divide each part by its whole, element by element; the quotient is 0 where the whole is 0.
+
+    A part is at most as large as its whole. Both are nonnegative.
 
     Examples
     --------
@@ -28,7 +31,7 @@ def ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors scaled to length 1; a vector of zeros does not change; (n, m) -> (n, m).
+    """Scale each row to length 1; a row of zeros does not change; (n, m) -> (n, m).
 
     Examples
     --------

@@ -17,15 +17,18 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class ReadsOneSize:
-    """Base class of methods that read layers of one map size, keep no state, and follow the raw gradient.
+    """Base class of guidance methods that read layers whose maps have one size.
+
+    By default, these methods keep no state, and their latent steps follow the raw gradient.
 
     Parameters
     ----------
     layers : str
-        Layers read: "all" (default), "up" (decoder), "down", "mid" or a glob on layer names such as "up_blocks.1.*".
+        Layers that are read: "all" (default), "up" (decoder), "down", "mid" or a glob on layer names such as
+        "up_blocks.1.*".
     size : int, optional
-        Number of locations along the longer side of the maps that are read; by default 16, or the nearest that the
-        model has.
+        Size of the maps that are read: the number of locations along their longer side. By default, the available size
+        that is nearest to 16.
     """
 
     layers: str = "all"
@@ -41,52 +44,58 @@ class ReadsOneSize:
         return layers_of_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, type(self).__name__)
 
     def begin(self, prompt: Prompt, steps: int) -> Any:
-        """None: the method has no state."""
+        """State of an image at the start of a run: None, because the method keeps no state."""
         return None
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient."""
+        """Direction of a latent step: the gradient itself, unchanged."""
         return gradient
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadsFirstBlocks:
-    """Base class of methods that read the middle and the first upward block of a U-Net, and follow the raw gradient.
+    """Base class of guidance methods that read the middle block and the first upward block of a U-Net.
+
+    The latent steps of these methods follow the raw gradient.
 
     Parameters
     ----------
     layers : str, optional
-        Layers read: "up", "down", "mid", "all" or a glob on layer names such as "up_blocks.1.*". By default the
-        middle block and the first upward block that has cross-attention; in a model without these blocks (PixArt,
-        Stable Diffusion 3, FLUX), all layers.
+        Layers that are read: "up", "down", "mid", "all" or a glob on layer names such as "up_blocks.1.*". By default,
+        the layers in two blocks are read: the middle block, and the first upward block that has cross-attention. In a
+        model without these blocks (PixArt, Stable Diffusion 3, FLUX), all layers are read by default.
     """
 
     layers: str | None = None
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that the option `layers` selects; by default those of the middle and the first upward block."""
+        """Layers that the option `layers` selects; `latent` is not used.
+
+        By default, the layers in the middle block and in the first upward block with cross-attention are selected.
+        """
         return first_blocks(layers) if self.layers is None else select_layers(layers, self.layers)
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient."""
+        """Direction of a latent step: the gradient itself, unchanged."""
         return gradient
 
 
 class EditsFirstSteps:
-    """Base class of methods that edit attention scores in the first steps and do not move the latent.
+    """Base class of guidance methods that edit attention scores in the first steps and do not move the latent.
 
     Attributes
     ----------
     guided : float
-        Share of the denoising steps in which scores are edited, from the first.
+        Share of the denoising steps in which scores are edited, beginning with the first step.
     """
 
     guided: float = 1.0
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """One edit of scores for each of the first steps; none for a prompt with one entity.
+        """One update per step in which scores are edited, beginning with the first step.
 
-        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        The list is empty for a prompt of one entity. `noise` holds the ratio of noise to signal before each denoising
+        step; only its length is used.
         """
         if len(prompt.entities) < 2:
             return []
@@ -94,9 +103,9 @@ class EditsFirstSteps:
 
 
 def first_blocks(layers: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-    """Layers of the middle block and of the first upward block with cross-attention.
+    """Layers in two blocks of a U-Net: the middle block, and the first upward block that has cross-attention.
 
-    If the model has neither of these blocks, the result contains all layers.
+    If the model has neither of the two blocks, the result contains all layers.
 
     Parameters
     ----------

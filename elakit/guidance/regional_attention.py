@@ -1,30 +1,36 @@
 """Regional attention: lower the attention scores of each entity's words outside its region, without a gradient.
 
-This is not ELA: no loss is computed and no latent is moved. In the denoiser's own passes the attention scores of an
-entity's words (noun and attributes) are lowered by `strength` outside its region, in every cross-attention layer.
+Unlike ELA, this method optimizes no loss and does not move the latent. It acts in the pipeline's own denoiser calls, in
+every layer in which the image attends to the text. There it subtracts `strength` from the attention scores of an
+entity's words (noun and attributes) at all locations outside the entity's region.
 
-Both this method and `RegionalPrompter` restrict words to parts of the image in every pass, and by default these parts
-are of equal width. The two methods differ in the following:
+The method `RegionalPrompter` also restricts each entity's words to a part of the image. By default, the parts have
+equal width in both methods. The two methods differ in five points:
 
-- Text: in regional attention the image attends to the states of the whole prompt. Start-of-text, end-of-text and words
-  that belong to no entity are not restricted. In Regional Prompter each column attends to its entity's words, which are
-  encoded without the rest of the prompt, with end-of-text and padding of their own; words that belong to no entity are
-  not read.
-- Strength: regional attention lowers scores by a number (5 by default), so that the odds of attention to a word outside
-  its region are multiplied by exp(-5), or .7%. Regional Prompter hides words completely.
-- Regions: regional attention orders the parts as an early step shows the entities, divides a tall image into rows, and
-  can take regions from maps or from the user. Regional Prompter has columns in the order of the prompt.
-- Steps: regional attention starts at 8% of the run by default, and restricts the first step only if all regions are
+- Text: in regional attention, the image attends to the whole prompt, and only the words of entities are restricted. In
+  Regional Prompter, the words of each entity are encoded as a separate text. Each column of the image attends to one
+  separate text only, and words that belong to no entity are not read.
+- Strength: regional attention lowers scores by a number, 5 by default. The odds of attention to a word outside its
+  region are then multiplied by exp(-5), or .7%. Regional Prompter hides words completely.
+- Regions: regional attention orders the parts as the entities lie in the maps of an early step, and divides a tall
+  image into rows. Its regions can also be localized in maps or given by hand. Regional Prompter always has columns, in
+  the order of the prompt.
+- Steps: regional attention starts after 8% of the steps by default. It acts in the first step only if all regions are
   given by hand. Regional Prompter acts in all steps.
-- Families: regional attention works with all of them, Regional Prompter with those that have separate layers of
-  cross-attention.
+- Models: regional attention works with all model families. Regional Prompter works only with plain cross-attention,
+  that is, with layers whose only keys are the text.
 
-Other related methods. Attention Couple (an extension of a Stable Diffusion web UI) gives regions prompts of their own,
-as Regional Prompter does. SPDiffusion (arXiv:2409.01327) finds a region per entity in the attention maps of two plain
-steps, then runs again with the scores of the other entities' words at minus infinity in each region. DenseDiffusion
-(Kim et al., ICCV 2023) raises scores inside and lowers them outside given masks, in self-attention, too. Regional
-attention keeps the whole prompt and needs one run. It assigns strips to the entities in the order in which an early
-step's maps show them (layout "strips"), localizes regions in the maps (layout "maps"), or takes regions given by hand.
+There are three other related methods:
+
+- Attention Couple, an extension of a Stable Diffusion web UI, gives each region a prompt of its own, as Regional
+  Prompter does.
+- SPDiffusion (arXiv:2409.01327) first finds a region per entity in the attention maps of two plain steps. Then it
+  starts again, and hides the words of all other entities in each region.
+- DenseDiffusion (Kim et al., ICCV 2023) takes masks from the user. It raises scores inside a mask and lowers scores
+  outside, in self-attention, too.
+
+Regional attention keeps the whole prompt and needs only one run. The regions of entities are parts of equal width
+(layout "strips"), localized in maps (layout "maps"), or given by hand.
 """
 
 from __future__ import annotations
@@ -60,41 +66,49 @@ class RegionalAttention:
     Parameters
     ----------
     layout : {"strips", "maps"}, optional
-        Source of the regions. "strips" (default): strips of equal width (`elakit.regions.divide`) in the order in which
-        the maps of an early step show the entities, for the whole run; strips suit entities that stand side by side,
-        not one that wears, holds or is inside another. "maps": regions localized in the maps of the previous step
-        (`FromMaps` with its defaults), again at every step. Must be None if regions are given for all entities.
+        Source of the regions that are not given by hand. Must be None if all regions are given by hand.
+
+        "strips" (default): the image is divided into strips of equal width, one per entity (`elakit.regions.divide`).
+        The strips are ordered as the entities lie in the maps of an early step, and stay the same for the whole run.
+        Strips suit entities that stand side by side. They do not suit an entity that wears, holds or is inside another.
+
+        "maps": regions are localized in the maps of the previous step (`FromMaps` with its defaults), again for every
+        restricted step.
     strength : float
-        Amount subtracted from the scores of an entity's words outside its region; 5 multiplies the odds of attention to
-        these words by .007.
+        Amount subtracted from the attention scores of an entity's words outside the entity's region. With 5 (default),
+        the odds of attention to these words are multiplied by exp(-5), about .007.
     start : float, optional
-        Share of the denoising steps before the first restricted step. By default .08 for "strips", .2 for "maps", and 0
-        if all regions are given by hand. Regions that are not given by hand come from the maps of an earlier step;
-        attention is then never restricted in the first step.
+        Share of the denoising steps that run before attention is restricted. By default .08 with layout "strips", .2
+        with layout "maps", and 0 if all regions are given by hand. Unless all regions are given by hand, the first
+        step is never restricted, because the other regions are found in the maps of an earlier step.
     guided : float
-        Length of the part of the run in which attention is restricted, as a share of all denoising steps. This part
-        begins at `start`, and ends at `start` + `guided` or at the end of the run; 1 (default) restricts to the end.
+        Length of the part of the run in which attention is restricted, as a share of all denoising steps. The part
+        begins after the share `start` of the steps. 1 (default) means until the end of the run.
     every : int
-        Interval of the restricted steps in this part: 1 (default) for each step, n for every n-th step.
+        Interval between restricted steps in the part of the run that `start` and `guided` determine: 1 (default)
+        restricts each step of this part, 2 every second step.
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
-        Regions given by hand, in the order of the prompt: boxes as fractions of the image, or masks. A location in two
-        regions is assigned to the smaller one. In a sequence, None stands for an entity whose region comes from
-        `layout`, in the remaining locations. By default all regions come from `layout`.
+        Regions given by hand, one per entity in the order of the prompt: boxes as fractions of the image, or masks. A
+        location in two regions is assigned to the smaller region. In a sequence, None stands for an entity without a
+        region given by hand. The region of such an entity comes from `layout`, and lies outside the given regions. By
+        default all regions come from `layout`.
     layers : str
-        Layers whose maps are read: "up" (decoder; all layers of a model that has none), "down", "mid", "double",
-        "single", "all" or a glob on layer names such as "up_blocks.1.*". Attention is restricted in all layers.
+        Layers whose maps are read: "up", "down", "mid", "double", "single", "all" or a glob on layer names such as
+        "up_blocks.1.*". "up" (default) is the decoder; in a model without a decoder, "up" means all layers. Attention
+        is restricted in all layers, whether they are read or not.
     size : int, optional
-        Number of locations along the longer side of the maps read; by default 16, or the nearest that the model has.
+        Number of locations along the longer side of the maps that are read; by default 16, or the nearest number that
+        the model has.
 
     Raises
     ------
     SettingError
-        An option is out of range, or has no effect together with another one.
+        An option is out of range, or has no effect because of another option.
 
     Warns
     -----
     UserWarning
-        At the start of a run, if the image is divided into strips for more than three entities.
+        At the start of a run, if the image is divided into more than three strips.
 
     Examples
     --------
@@ -143,13 +157,21 @@ class RegionalAttention:
                 )  # fmt: skip
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that the options `layers` and `size` select; `latent` is the (height, width) of the latent."""
+        """Layers whose maps the method reads, chosen from the argument `layers`.
+
+        The method's own options ``self.layers`` and ``self.size`` determine the choice. `latent` is the (height, width)
+        of the latent.
+        """
         return layers_of_size(
             decoder_side_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "RegionalAttention"
         )
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
-        """Values that the method keeps for one image during a run, as they are before its first step."""
+        """Initial state of one image in a run, which contains only the regions given by hand.
+
+        `steps` is the number of denoising steps and has no effect. If the image is to be divided into more than three
+        strips, a UserWarning is issued.
+        """
         count = len(prompt.entities) if self.regions is None else sum(region is None for region in self.regions)
         if self.layout != "maps" and count > MOST_STRIPS:
             space = "the image" if self.regions is None else "what the given regions leave of the image"
@@ -161,9 +183,11 @@ class RegionalAttention:
         return Anchors(given=self.regions)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Edits of scores in the restricted steps; none for a prompt of one entity without regions given by hand.
+        """One update per denoising step, which states whether attention is restricted in this step.
 
-        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        Steps after the last update are not restricted. If the prompt has only one entity and no region is given by
+        hand, the list is empty. `noise` holds the ratio of noise to signal before each denoising step; only its length
+        is used.
         """
         if len(prompt.entities) < 2 and self.regions is None:
             return []
@@ -181,10 +205,10 @@ class RegionalAttention:
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Anchors
     ) -> ScoreEdit | None:
-        """Return the edit that restricts attention in one step; None if the regions are not known yet.
+        """Return the edit that lowers the attention scores of each entity's words outside its region in one step.
 
-        `attention` is that of the previous denoiser call, None before the first one; `size` is (rows, columns) of the
-        maps that are read.
+        `attention` is the attention in the previous denoiser call; None before the first call. Without `attention`, the
+        result is None, unless all regions are given by hand. `size` is the (rows, columns) of the maps that are read.
         """
         if attention is not None:
             masks = self._masks(attention.mean, prompt, state)
@@ -197,13 +221,20 @@ class RegionalAttention:
         return restriction(masks, words, self.strength)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Anchors) -> Loss:
-        """Squared share of attention outside the regions, for the trace only; see `confinement`."""
+        """Loss for the trace only: squared share of an entity's attention outside its region, averaged over entities.
+
+        The same average over attribute tokens, with the regions of their entities, is added. See
+        `elakit.guidance.anchoring.confinement`.
+        """
         maps = attention.mean
         masks = self._masks(maps.detach(), prompt, state) if state.held is None else state.held
         return confinement(maps, masks, prompt)
 
     def _masks(self, maps: Tensor, prompt: Prompt, state: Anchors) -> np.ndarray:
-        """Regions for the next pass, from the maps of the latest one; (token, y, x) -> bool (entity, y, x)."""
+        """Regions for the next denoiser call, bool (entity, y, x), from the maps of the previous call, (token, y, x).
+
+        With layout "strips", the regions are computed once per run, and then kept in ``state.masks``.
+        """
         if state.masks is not None:
             return state.masks
         strips, rule = self.layout != "maps", FromMaps()

@@ -1,21 +1,30 @@
 """Regional Prompter with equal columns: each column of the image attends to the text of its own entity alone.
 
-hako-mikan, sd-webui-regional-prompter (github.com/hako-mikan/sd-webui-regional-prompter, scripts/attention.py), an
-extension of a Stable Diffusion web UI. Its settings here are the mode "Attention", the divide mode "Columns", ratios
-1,1,... (columns of equal width), no base prompt (a text for the whole image), and no common prompt (a text added to
-that of every column). Each entity's words, "a red car", are encoded on their own. In every cross-attention layer and
-every step, the locations of column i attend to text i; columns are counted from the left, and texts in the order of the
-prompt. This method is the baseline for `RegionalAttention`; the module `elakit.guidance.regional_attention` lists the
-differences between the two.
+Source: sd-webui-regional-prompter by hako-mikan (github.com/hako-mikan/sd-webui-regional-prompter,
+scripts/attention.py), an extension of a Stable Diffusion web UI. This method is the extension's mode "Attention" with
+the divide mode "Columns" and columns of equal width (ratios 1,1,...). It has no base prompt (a text for the whole
+image), and no common prompt (a text added to the text of every column).
 
-In this implementation the text states of the prompt are followed by those of all separate texts. The states of each
-entity's words in the prompt are replaced by those from the entity's separate text. Column i attends to the words of
-entity i in the prompt, to end-of-text and padding of text i after the prompt, and to start-of-text, whose state is the
-same in all texts. All other positions are hidden from column i. The attention weights are therefore the same as in an
-attention to text i alone, and recordings show each word at its position in the prompt.
+The words of each entity, such as "a red car", are encoded as a separate text. In every cross-attention layer and every
+step, the locations of a column attend only to the separate text of one entity. The columns, from left to right, follow
+the order of the entities in the prompt. This method is the baseline for `RegionalAttention`; the module
+`elakit.guidance.regional_attention` lists the differences between the two.
 
-Differences from the extension: words of the prompt that belong to no entity are not read, because the prompt is
-not divided by hand; Stable Diffusion XL's pooled text state is that of the whole prompt.
+In this implementation, the denoiser gets the text states of the prompt, followed by the text states of all separate
+texts. In the prompt, the states of an entity's words are replaced by the states of these words in the separate text.
+The column of an entity attends to the following positions:
+
+- the entity's words in the prompt,
+- start-of-text of the prompt, whose state is the same in all texts,
+- end-of-text and padding of the entity's separate text.
+
+All other positions are hidden from the column. The attention weights are therefore the same as if the column attended
+to the separate text alone. Recordings show each word at its position in the prompt.
+
+Differences from the extension:
+
+- Words of the prompt that belong to no entity are not read. The user of the extension divides the whole prompt by hand.
+- The pooled text state of Stable Diffusion XL is that of the whole prompt.
 """
 
 from __future__ import annotations
@@ -41,13 +50,14 @@ from elakit.prompt import Prompt
 class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     """Regional Prompter (by hako-mikan) with columns of equal width, for models with cross-attention layers.
 
-    The module `elakit.guidance.regional_prompter` states the source and all differences from it.
+    Each column of the image attends only to the words of one entity. The module `elakit.guidance.regional_prompter`
+    states the source and all differences from it.
 
     Parameters
     ----------
     layers, size
-        Layers and map size that are read for the trace of a run; see `elakit.guidance.reading.ReadsOneSize`. They do
-        not change the image: the columns act in all layers.
+        Layers whose maps are read for the trace of a run, and the size of these maps; see
+        `elakit.guidance.reading.ReadsOneSize`. Neither option changes the image: the columns act in all layers.
 
     Examples
     --------
@@ -59,10 +69,11 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     title: ClassVar[str] = "Regional Prompter"
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-        """Text states of the prompt, followed by those of one separate text per entity.
+        """Text states of the prompt, followed by the text states of one separate text per entity.
 
-        The separate text of an entity consists of the entity's words alone. In the states of the prompt, these words
-        have the states that they have in the separate text.
+        The separate text of an entity consists of the entity's words alone. In the prompt, the states of an entity's
+        words are replaced by the states of these words in the separate text. `conditioning` has the states of a plain
+        run.
         """
         check_text(adapter, conditioning, "RegionalPrompter")
         if len(conditioning.inputs[STATES][0]) != prompt.length:
@@ -88,9 +99,9 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None
     ) -> ScoreEdit:
-        """Return the edit that restricts each column to the text of its entity.
+        """Return the edit that lets each column of the image attend only to the words of one entity.
 
-        `attention` is not used; `size` is (rows, columns) of the maps that are read.
+        `attention` is not used. `size` is the (height, width) of the maps that are read, in locations.
         """
         start = prompt.start_index
         first = 0 if start is None else start + 1  # position of a text's first word
@@ -108,34 +119,43 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
         )  # fmt: skip
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Squared share of each entity's attention outside its own column, for the trace only; see `confinement`."""
+        """Loss for the trace only: squared share of an entity's attention outside its column, averaged over entities.
+
+        The same average over attribute tokens, with the columns of their entities, is added. See
+        `elakit.guidance.anchoring.confinement`.
+        """
         maps = attention.mean
         ranks = in_order(prompt)
         return confinement(maps, columns((maps.shape[1], maps.shape[2]), len(ranks))[ranks], prompt)
 
 
 def in_order(prompt: Prompt) -> list[int]:
-    """Index of each entity's column, counted from the left; nouns have columns in their order in the prompt."""
+    """Index of each entity's column, counted from 0 at the left; columns follow the order of nouns in the prompt."""
     firsts = [min(entity.token_indices) for entity in prompt.entities]
     return [sorted(firsts).index(first) for first in firsts]
 
 
 def columns(size: tuple[int, int], count: int) -> np.ndarray:
-    """Masks that divide a map into columns of equal width, with borders rounded down to whole locations.
+    """Masks that divide a map into vertical columns of equal width.
+
+    Borders between columns are rounded down to whole locations.
 
     Parameters
     ----------
     size : tuple of int
-        (rows, columns) of the map.
+        (height, width) of the map, in locations.
     count : int
-        Number of columns into which it is divided.
+        Number of columns, and so of masks.
 
     Returns
     -------
     ndarray, bool, (count, y, x)
+        One mask per column, from left to right.
 
     Examples
     --------
+    A map of 1 x 8 locations in three columns: the borders 8/3 and 16/3 are rounded down to 2 and 5.
+
     >>> columns((1, 8), 3).astype(int)[:, 0].tolist()
     [[1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1, 1]]
     """

@@ -85,8 +85,8 @@ def method_title(name: str) -> str:
     Parameters
     ----------
     name : str
-        Name in `METHODS`, or any other name. Options or settings may follow the name, as in the labels
-        "ela(anchor.step_size=0.2)" and "ela, steps 20" of `elakit.sweep.summary`; they are not changed.
+        Name in `METHODS`, or any other name. A parenthesis or a comma with further text may follow the name, as in
+        "ela(anchor.step_size=0.2)" and "ela, steps 20". This further text is kept unchanged.
 
     Returns
     -------
@@ -106,7 +106,7 @@ def method_title(name: str) -> str:
 
 
 def without_regions(name: str) -> Any:
-    """Create a method of `METHODS` with its default options, unless it needs regions.
+    """Create a guidance method with its default options; raise an error for a method that needs regions.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def without_regions(name: str) -> Any:
     KeyError
         There is no method of this name.
     SettingError
-        The method needs regions.
+        The method needs regions, such as "boxdiff".
 
     Examples
     --------

@@ -18,26 +18,30 @@ TEMPERATURE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Separation:
-    """Separation of ELA: a contrastive loss on the maps, and latent steps in all steps before anchoring.
+    """Separation, the first part of ELA: latent steps along the gradient of a contrastive loss, before anchoring.
 
-    In the first steps, the attention maps are nearly noise, so that regions localized in them mean little. But what
-    these steps decide cannot be changed later: an entity whose map then resembles that of another entity is often
-    missing from the image. The loss is that of CONFORM, which needs no regions. The paper on ELA does not mention
-    separation; it is our addition.
+    In the first steps, the attention maps are nearly noise, so that regions localized in them mean little. But
+    the decisions of these steps cannot be changed later: if the maps of two entities resemble each other in the first
+    steps, one of the entities is often missing from the image.
+
+    The loss is that of CONFORM, and needs no regions. It is small if the maps of an entity and its attributes are
+    similar, and the maps of different entities are not. The paper on ELA does not mention separation; it is our
+    addition.
 
     Parameters
     ----------
     step_size : float
-        Factor of the raw gradient in each latent step; 20 in CONFORM's official code. The gradient, and with it the
-        step, is small if the maps of different entities already differ and those of one entity are alike. 0 switches
+        Factor by which the gradient is multiplied in each latent step; 20 in CONFORM's official code. The gradient is
+        not normalized. Latent steps are therefore short if the maps of different entities already differ. 0 switches
         separation off.
     temperature : float
-        Temperature tau of the loss, greater than 0; 0.5 in CONFORM's official code.
+        Temperature tau by which the loss divides the similarities of maps, greater than 0; 0.5 in CONFORM's official
+        code.
 
     Raises
     ------
     SettingError
-        An option is out of range, or has no effect together with another one.
+        An option is out of range, or has no effect because of another option.
 
     References
     ----------
@@ -46,6 +50,8 @@ class Separation:
 
     Examples
     --------
+    A plan for two steps has two updates with the same step size:
+
     >>> [update.size for update in Separation(step_size=10).plan(2)]
     [10, 10]
     >>> Separation(temperature=0)
@@ -66,26 +72,29 @@ class Separation:
             refuse(self.temperature, "temperature", "left out, because it has no effect with step_size=0", **own)
 
     def plan(self, steps: int) -> list[Update]:
-        """Updates of the first `steps` steps of a run, all of the same size."""
+        """One update for each of the first `steps` denoising steps, all with the same step size."""
         return [Update(self.step_size, raw=True)] * steps
 
     def loss(self, maps: Tensor, prompt: Prompt, step: int, memory: Memory) -> Loss:
         """Contrastive loss of one image at one step.
 
+        The loss is small if the maps of an entity and its attributes are similar, and the maps of different entities
+        are not. Maps of the previous step are included.
+
         Parameters
         ----------
         maps : Tensor, (token, y, x)
-            Attention probabilities.
+            Attention probabilities of all text positions.
         prompt : Prompt
         step : int
             Denoising step, counted from 0.
         memory : Memory
-            Memory with the maps of the previous step, in which the call stores those of this step.
+            Memory with the maps of the previous step. The function adds the maps of this step to the memory.
 
         Returns
         -------
         Loss
-            Its term is "contrast". It has no regions.
+            Loss with the single term "contrast", and without regions.
         """
         total = contrast(maps, prompt, step, memory, self.temperature)
         return Loss(total, {"contrast": float(total.detach())})

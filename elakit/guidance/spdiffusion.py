@@ -1,24 +1,29 @@
-"""SPDiffusion: find a region per entity in two plain steps, start again, and hide the other entities' words in it.
+"""SPDiffusion: find a region per entity in plain steps, then start again and hide other entities' words in the region.
 
 Zhang et al., "SPDiffusion: Semantic Protection Diffusion Models for Multi-concept Text-to-image Generation"
-(arXiv:2409.01327), and its released code (github.com/zy1xxx/SPDiffusion, SPD_Pipeline.py and run.py). The attention of
-the first two steps of a plain run is averaged over steps, heads and the layers of one map size. With ``scaled`` the
-scaling of a map to 0..1:
+(arXiv:2409.01327), and its released code (github.com/zy1xxx/SPDiffusion, SPD_Pipeline.py and run.py).
 
-    seed     locations where scaled(cross-attention of the noun) > 0.9, the outermost rows and columns left out
-    S        scaled(mean self-attention of each location to the seed)
+First, two plain steps are run. Their attention is averaged over steps, heads and the layers of one map size. Let
+``scaled`` be the scaling of a map to 0..1. For each entity, three things are computed:
+
+    seed     locations where scaled(cross-attention of the noun) > 0.9, without the outermost rows and columns
+    S        scaled(mean self-attention from each location to the seed)
     region   locations where scaled(relu(S - mean of the other entities' S)) > 0.1
 
-The run then starts again from the same noise. At each step, in every layer, the locations of an entity's region do not
+Then the run starts again from the same noise. At every step, in every layer, the locations of an entity's region do not
 attend to the nouns and attributes of the other entities.
 
 Regions on given tensors equal those of the released code
 (``tests/parity/test_scores.py``).
 
-Intended differences: all entities are protected (in the released code only those with an attribute); only the
-conditional pass is changed (in the released code also the same positions of the unconditional pass, which are padding
-there); in layers coarser than the maps, which Stable Diffusion XL does not have, a location belongs to a region if the
-region covers more than half of it; an entity whose map is constant gets no region (the released code divides by zero).
+Intended differences:
+
+- All entities are protected. In the released code, only entities with an attribute are protected.
+- Only the conditional half of each denoiser call is changed, that is, the rows that see the prompt. The released code
+  also changes the same positions in the other half, in which these positions are padding.
+- In layers coarser than the maps, a location belongs to a region if the region covers more than half of the location.
+  Stable Diffusion XL has no such layers.
+- An entity whose map is constant gets no region. The released code divides by zero.
 """
 
 from __future__ import annotations
@@ -52,7 +57,7 @@ class Protection:
     Attributes
     ----------
     regions : ndarray, bool, (entity, y, x), or None
-        Region of each entity; None before the plain steps have been read.
+        Region of each entity; None until the regions have been found in the plain steps before the guided run.
     """
 
     regions: np.ndarray | None = None
@@ -60,25 +65,28 @@ class Protection:
 
 @dataclass(frozen=True, kw_only=True)
 class SPDiffusion(EditsFirstSteps, ReadsOneSize):
-    """SPDiffusion (Zhang et al., arXiv:2409.01327): hide each entity's words in the regions of the others.
+    """SPDiffusion (Zhang et al., arXiv:2409.01327): hide each entity's words in other entities' regions.
 
     The module `elakit.guidance.spdiffusion` states the equations and all differences from the source.
 
     Parameters
     ----------
     steps : int
-        Number of plain steps in which the regions are found, before the run starts again; 2 in the released code.
+        Number of plain steps before the guided run. The regions are found in the attention of these steps; then the run
+        starts again from the same noise. 2 in the released code.
     cross_threshold : float
-        Cross-attention to an entity's noun, scaled to 0..1, above which a location belongs to the seed of the entity's
-        region; 0.9 in the released code.
+        Threshold, 0 to 1, for the seed from which an entity's region is found; 0.9 in the released code. A location
+        belongs to the seed if its cross-attention to the entity's noun, scaled to 0..1, exceeds the threshold.
     self_threshold : float
-        Score of a location for an entity above which the location is in the entity's region; 0.1 in the released code.
-        With S the location's self-attention to an entity's seed, scaled to 0..1, the score is the entity's S minus the
-        mean S of the other entities. Negative scores count as 0, and the scores are scaled to 0..1 again.
+        Threshold, 0 to 1, for the region of an entity; 0.1 in the released code. A location belongs to the region if
+        its score exceeds the threshold. The score is the location's self-attention to the entity's seed, minus the mean
+        of its self-attention to the seeds of the other entities. Each self-attention is scaled to 0..1 before the
+        subtraction. Afterwards, negative scores are set to 0, and the scores are scaled to 0..1 again.
     guided : float
-        Share of the denoising steps in which words are hidden, from the first; all in the released code.
+        Share of the denoising steps in which words are hidden, beginning with the first step; 1 in the released code.
     layers, size
-        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`. Words are hidden in all layers.
+        Layers whose maps are read to find the regions, and the size of these maps; see
+        `elakit.guidance.reading.ReadsOneSize`. Words are hidden in all layers.
 
     Raises
     ------
@@ -110,24 +118,27 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
             share(getattr(self, option), option, owner="SPDiffusion")
 
     def begin(self, prompt: Prompt, steps: int) -> Protection:
-        """Initial state, without regions."""
+        """Initial state of one image, without regions."""
         return Protection()
 
     def rehearse(self, passes: Sequence[Attention], prompt: Prompt, state: Protection) -> None:
-        """Find the regions in the mean attention of the plain steps."""
+        """Find the regions of one image in the attention of its plain steps, and store them in `state`.
+
+        `passes` has the attention of each plain step; the function averages it over these steps.
+        """
         cross = torch.stack([seen.mean for seen in passes]).mean(0)
         own = torch.stack([seen.own_mean for seen in passes]).mean(0)
         state.regions = self.find(entity_means(cross, prompt), own)
 
     def find(self, entities: Tensor, own: Tensor) -> np.ndarray:
-        """Find the regions of the entities.
+        """Find the region of each entity in the attention of the plain steps, averaged over these steps.
 
         Parameters
         ----------
         entities : Tensor, (entity, y, x)
-            Cross-attention of the nouns.
+            Cross-attention map of each entity's noun.
         own : Tensor, (y, x, y, x)
-            Self-attention from each location (first y, x) to all (last y, x).
+            Self-attention from each location (first y, x) to all locations (last y, x).
 
         Returns
         -------
@@ -159,7 +170,7 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Protection
     ) -> ScoreEdit:
-        """Return the edit that hides each entity's words in the regions of the others.
+        """Return the edit that hides each entity's words in the regions of all other entities.
 
         `attention` and `size` are not used.
 
@@ -177,7 +188,10 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
         return restriction(partial(_allowed_at, state.regions), words, -NEVER, regions=state.regions)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Protection) -> Loss:
-        """Squared share of each entity's attention in the regions of the others, for the trace; see `confinement`."""
+        """Loss for the trace only: mean over entities of the squared share of attention in other entities' regions.
+
+        The same mean over the tokens of the entities' attributes is added. See `elakit.guidance.anchoring.confinement`.
+        """
         if state.regions is None:
             self.rehearse(
                 [Attention((attention.mean.detach()[None],), (attention.own_mean.detach()[None],))], prompt, state
@@ -187,10 +201,17 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
 
 
 def _allowed(regions: np.ndarray) -> np.ndarray:
-    """Locations that may attend to each entity's words, outside the others' regions; bool (entity, y, x)."""
+    """Locations that may attend to each entity's words: those outside the regions of all other entities.
+
+    `regions` and the result are bool (entity, y, x).
+    """
     return np.stack([~np.delete(regions, i, axis=0).any(0) for i in range(len(regions))])
 
 
 def _allowed_at(regions: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Result of `_allowed` at the size of a layer; a location belongs to a region that covers more than half of it."""
+    """Locations that may attend to each entity's words, bool (entity, y, x), at the size of a layer's maps.
+
+    These locations lie outside the regions of all other entities. A location of the layer belongs to a region if the
+    region covers more than half of the location. `size` is the (rows, columns) of the layer's maps.
+    """
     return _allowed(area_mean(regions, size) > 0.5)

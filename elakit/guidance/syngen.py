@@ -1,26 +1,35 @@
-"""SynGen: an attribute's attention should match its noun's and differ from that of all other words.
+"""SynGen: the maps of an attribute and its noun should match each other and differ from the maps of other words.
 
 Rassin, Hirsch, Glickman, Ravfogel, Goldberg and Chechik, "Linguistic Binding in Diffusion Models: Enhancing Attribute
 Correspondence through Attention Map Alignment", NeurIPS 2023, arXiv:2306.08877, and its official code
-(github.com/RoyiRa/Linguistic-Binding-in-Diffusion-Models), checked against its compute_loss.py and
-syngen_diffusion_pipeline.py.
+(github.com/RoyiRa/Linguistic-Binding-in-Diffusion-Models, compute_loss.py and syngen_diffusion_pipeline.py).
 
-With each token's map p normalized to sum 1 over space, and D(p, q) = (KL(p||q) + KL(q||p)) / 2:
+Each token's map p is normalized to sum 1 over space. The divergence of two maps is D(p, q) = (KL(p||q) + KL(q||p)) / 2.
+The loss is
 
     L = sum over pairs (noun n, attribute m) of  D(m, n) - 1/2 [mean over u of D(n, u) + mean over u of D(m, u)]
 
-where u runs over the prompt's tokens other than the noun and its attributes, function words included. If a word has
-several tokens, D is the largest of the divergences of its tokens. For D(n, u) and D(m, u) the largest one is taken for
-each u, before the mean over u. The step size is 20 over the first 25 of 50 steps. There is no refinement, no smoothing
-and no softmax over tokens. A noun without attributes is ignored by default; with ``lone_nouns`` it contributes minus
-the mean of D(n, u), without the factor 1/2.
+where u runs over the prompt's tokens other than the noun and its attributes, function words included. If a noun or an
+attribute has several tokens, D is the largest of the divergences of these tokens. In D(n, u) and D(m, u), the largest
+divergence is taken for each u separately.
 
-Loss and gradient equal those of the official code to a relative 5e-7 (``tests/parity/test_losses.py``). Intended
-differences: the pairs are those of `elakit.parse` (or of the brackets); 1e-9 is added to each map, where the official
-code clips distributions at the smallest float; a prompt of fewer than two entities, or without any pair, is not guided.
-The official code has three mistakes that are not kept: its gradient passes get latents that have not been through the
-scheduler's ``scale_model_input``; it uses the pairs of the first prompt for all later prompts; and it keeps only the
-last image of a batch.
+By default, a noun without attributes does not contribute to the loss. With ``lone_nouns``, the noun contributes minus
+the mean over u of D(n, u), without the factor 1/2. The step size is 20 in each of the first 25 of 50 steps. There is no
+refinement, no smoothing and no softmax over tokens.
+
+The loss and its gradient agree with those of the official code to a relative 5e-7 (``tests/parity/test_losses.py``).
+
+Intended differences:
+
+- The pairs of noun and attribute are those of `elakit.parse`, which also reads brackets in the prompt.
+- 1e-9 is added to each map. The official code instead clips distributions at the smallest float.
+- A prompt of fewer than two entities is not guided. A prompt without attributes is guided only with ``lone_nouns``.
+
+Three mistakes of the official code are corrected:
+
+- The gradient passes get latents that the scheduler's ``scale_model_input`` has not scaled.
+- The pairs of the first prompt are used for all later prompts.
+- Only the last image of a batch is kept.
 """
 
 from __future__ import annotations
@@ -51,11 +60,11 @@ class SynGen(ReadsOneSize):
     step_size : float
         Step size at every guided step; 20 in the official code.
     guided : float
-        Share of the denoising steps that are guided, from the first; 25 of 50 in the official code.
+        Share of the denoising steps that are guided, beginning with the first step; 25 of 50 in the official code.
     lone_nouns : bool
-        Whether nouns without attributes are separated from other words, too; False in the paper's main results.
+        Whether nouns without attributes are also separated from other words; False in the paper's main results.
     layers, size
-        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
+        Layers whose maps are read, and the size of these maps; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -86,10 +95,10 @@ class SynGen(ReadsOneSize):
             refuse(self, "lone_nouns", "True or False")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates with equal step sizes; no update for a prompt of one entity.
+        """One update per guided step, all with the same step size; an empty list for a prompt of one entity.
 
-        Unless `lone_nouns` is True, there is also no update if the prompt names no attribute.
-        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        If the prompt names no attribute and `lone_nouns` is False, the list is empty, too. `noise` holds the ratio of
+        noise to signal before each denoising step; only its length is used.
         """
         paired = self.lone_nouns or any(entity.attribute_indices for entity in prompt.entities)
         if len(prompt.entities) < 2 or not paired:
@@ -97,7 +106,12 @@ class SynGen(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Sum of the terms "alike" (divergence within pairs) and "unlike" (minus the divergence from other words)."""
+        """Loss of one image, the sum of the terms "alike" and "unlike".
+
+        "alike" is the divergence between the maps of a noun and of its attribute, summed over all pairs of noun and
+        attribute. "unlike" is minus the mean divergence of these maps from the maps of other words, summed over the
+        same pairs. With `lone_nouns`, "unlike" also includes nouns without attributes.
+        """
         tokens = [token.index for token in prompt.tokens]
         at = {index: i for i, index in enumerate(tokens)}
         between = divergence(attention.mean[tokens])
@@ -115,10 +129,12 @@ class SynGen(ReadsOneSize):
 
 
 def attribute_words(prompt: Prompt, entity: Entity) -> list[list[int]]:
-    """Token positions of an entity's attributes, one list per word.
+    """Token positions of an entity's attributes, one list per attribute.
 
     Examples
     --------
+    The attribute "turquoise" has two tokens, at positions 1 and 2; the attribute "old" has one token, at position 3:
+
     >>> from elakit.prompt import Token
     >>> tokens = Token(1, "tur", "turquoise/1", 0), Token(2, "quoise", "turquoise/2", 0), Token(3, "old", "old", 1)
     >>> car = Entity("turquoise old car", "car", ("turquoise", "old"), (4,), (1, 2, 3), "car")
@@ -134,13 +150,15 @@ def attribute_words(prompt: Prompt, entity: Entity) -> list[list[int]]:
 
 
 def other_tokens(prompt: Prompt, entity: Entity) -> list[int]:
-    """Positions of the prompt's tokens except those of an entity's noun and attributes."""
+    """Positions of all tokens of the prompt, except the tokens of an entity's noun and attributes."""
     own = {*entity.token_indices, *entity.attribute_indices}
     return [token.index for token in prompt.tokens if token.index not in own]
 
 
 def divergence(maps: Tensor) -> Tensor:
-    """Symmetrized Kullback-Leibler divergence, in nats, of each pair of maps as distributions over space.
+    """Symmetrized Kullback-Leibler divergence, in nats, of each pair of maps.
+
+    Each map is first normalized to sum 1. The divergence of two normalized maps p and q is (KL(p||q) + KL(q||p)) / 2.
 
     Parameters
     ----------
@@ -149,11 +167,14 @@ def divergence(maps: Tensor) -> Tensor:
     Returns
     -------
     Tensor, (n, n)
+        Divergence of each pair of maps; 0 on the diagonal.
 
     Examples
     --------
+    The maps are normalized to (.5, .5) and (.8, .2). Their divergence is (.8 - .5) ln 4 / 2 = .208.
+
     >>> import torch
-    >>> divergence(torch.tensor([[[0.1, 0.1]], [[0.4, 0.1]]])).round(decimals=3)  # (.8 - .5) ln 4 / 2
+    >>> divergence(torch.tensor([[[0.1, 0.1]], [[0.4, 0.1]]])).round(decimals=3)
     tensor([[0.0000, 0.2080],
             [0.2080, 0.0000]])
     """
@@ -164,9 +185,9 @@ def divergence(maps: Tensor) -> Tensor:
 
 
 def _apart(between: Tensor, word: list[int], others: list[int]) -> Tensor:
-    """Mean divergence of a word from other tokens; 0 without other tokens.
+    """Mean divergence of a word from other tokens; 0 if there are no other tokens.
 
-    The divergence from one other token is the largest of those between this token and the tokens of the word.
+    If the word has several tokens, its divergence from another token is the largest of these tokens' divergences.
 
     Parameters
     ----------

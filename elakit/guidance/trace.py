@@ -20,18 +20,25 @@ class Trace:
     method : str
         Name of the method, a key of `elakit.guidance.METHODS`.
     options : dict
-        Options of the method, as values for JSON.
+        Options of the method, as values that JSON can store.
     entities : tuple of str
         Labels of the prompt's entities.
     rows : list of dict
-        One row per step at which the method computed its loss, with these keys: "step" (counted from 0); "timestep";
-        "step_size" (0 if the latent was not moved); "loss", and one key per term of the loss; "gradient_norm" and
-        "moved" (root mean square of the change of the latent), both for latents of unit variance; "refinements" (number
-        of latent steps of the step's refinement); "seconds" (for the whole batch); "guided" (True if the method moved
-        the latent or edited attention scores; False, for example, at the step at which it found that the image needs no
-        more guidance); and "skipped" (True if the gradient was not finite, so that the last latent step was left out).
+        One row per step at which the method computed its loss. A row has these keys:
+
+        - "step": denoising step, counted from 0.
+        - "timestep": timestep of the scheduler.
+        - "step_size": step size of the latent steps; 0 if the latent was not moved.
+        - "loss": total loss. Each term of the loss has a further key of its own.
+        - "gradient_norm": Euclidean norm of the gradient, for a latent scaled to unit variance.
+        - "moved": root mean square of the change of the latent, for a latent scaled to unit variance.
+        - "refinements": number of latent steps in the refinement of this step.
+        - "seconds": computing time of the guidance, for the whole batch.
+        - "guided": True if the method moved the latent or edited attention scores. False, for example, if it found that
+          the image needs no more guidance.
+        - "skipped": True if the last latent step was left out, because the gradient was not finite.
     searched : list of dict
-        One row per trial of initial noise; empty unless the method searches for it.
+        One row per trial of initial noise; empty if the method does not search for initial noise.
     """
 
     method: str
@@ -48,7 +55,7 @@ class Trace:
 
     @property
     def regions(self) -> xr.DataArray | None:
-        """Regions of the entities at the steps of `rows`, bool (step, entity, y, x); None if the method has none."""
+        """Regions of the entities at all steps with regions, bool (step, entity, y, x); None if no step has regions."""
         if not self._regions:
             return None
         return xr.DataArray(
@@ -73,17 +80,17 @@ class Trace:
 
     @property
     def skipped(self) -> int:
-        """Number of steps whose gradient was not finite."""
+        """Number of denoising steps at which the gradient of the loss was not finite."""
         return sum(bool(row["skipped"]) for row in self.rows)
 
     def add(self, row: dict[str, Any], regions: np.ndarray | None) -> None:
-        """Append the row of a step, and its regions, bool (entity, y, x), if there are any."""
+        """Append the row of a step, and store the regions of this step, bool (entity, y, x); None for no regions."""
         self.rows.append(row)
         if regions is not None:
             self._regions[row["step"]] = regions
 
     def to_dict(self) -> dict[str, Any]:
-        """Values for JSON, without the regions.
+        """Return the trace as a dictionary that JSON can store; regions are left out.
 
         Examples
         --------
@@ -100,14 +107,15 @@ class Trace:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any], regions: Mapping[int, np.ndarray] | None = None) -> Trace:
-        """Trace from the result of `to_dict` and, because that has no regions, from separately stored regions.
+        """Trace from the dictionary that `to_dict` returned, and from regions that were stored separately.
 
         Parameters
         ----------
         plain : mapping
             Result of `to_dict`.
         regions : mapping of int to numpy.ndarray, bool (entity, y, x), optional
-            Regions of the entities by step, counted from 0; by default the trace has none.
+            Regions of the entities at each step; the keys are steps, counted from 0. By default the trace has no
+            regions.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Judge of finished images: the things that an image shows, their locations and colors, and hybrids."""
+"""Judge of finished images: finds the things in an image, their masks and colors, and hybrids of several things."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Color names of pixels, by perceptual distance (CIE Lab) to the paints of picture-world."""
+"""Color names of pixels: the color of picture-world with the smallest distance in the CIE Lab color space."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ FRAMED = frozenset({"glasses"})
 
 @lru_cache(maxsize=1)
 def _shades() -> tuple[np.ndarray, np.ndarray]:
-    """Shades of every paint, from the darkest to the lightest: Lab points (n, 3) and the index of their paint (n,)."""
+    """Nine shades of each color of picture-world, from dark to light, with the index of each shade's color.
+
+    Shades are points in the CIE Lab color space, (n, 3). The indices, (n,), follow the order of ``PAINTS``.
+    """
     points, owner = [], []
     for i, paint in enumerate(PAINTS.values()):
         light = np.linspace(paint.floor, paint.ceiling, 9)
@@ -27,7 +30,9 @@ def _shades() -> tuple[np.ndarray, np.ndarray]:
 
 
 def name_pixels(rgb: np.ndarray) -> np.ndarray:
-    """Index of the nearest color for each pixel, in the order of ``elakit.world.recolor.PAINTS``.
+    """Index of the color of picture-world that is nearest to each pixel.
+
+    Each color is represented by nine shades from dark to light. Distances are computed in the CIE Lab color space.
 
     Parameters
     ----------
@@ -36,6 +41,7 @@ def name_pixels(rgb: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray of int, (...)
+        Indices into the colors in the order of ``elakit.world.recolor.PAINTS``.
     """
     points, owner = _shades()
     lab = rgb2lab(rgb)
@@ -56,6 +62,8 @@ def name_color(rgb: np.ndarray) -> str | None:
 
     Examples
     --------
+    Two red pixels and one black pixel:
+
     >>> name_color(np.array([[200, 20, 30], [210, 30, 30], [10, 10, 10]], np.uint8))
     'red'
     """
@@ -74,17 +82,18 @@ def thing_color(rgb: np.ndarray, mask: np.ndarray, noun: str) -> str | None:
     mask : ndarray, bool, (y, x)
         Mask of the thing.
     noun : str
-        Noun of the thing. For "glasses", only the rim of the mask counts: its outermost pixels, in a width of 1/64 of
-        the image's shorter side (at least one pixel). For all other nouns, every pixel of the mask counts.
+        Noun of the thing. For "glasses", only the rim of the mask counts, because the inside is glass. The width of
+        the rim is 1/64 of the image's shorter side, and at least one pixel. For all other nouns, every pixel of the
+        mask counts.
 
     Returns
     -------
     str or None
-        Most frequent color of the pixels that count, one of picture-world's colors; None if the mask is empty.
+        Most frequent color among the pixels that count, one of picture-world's colors; None if the mask is empty.
 
     Examples
     --------
-    A red rim of 34 pixels around 50 blue pixels:
+    The thing has a red rim of 34 pixels around 50 blue pixels. With the noun "glasses", only the rim counts:
 
     >>> image = np.full((16, 16, 3), 255, np.uint8)
     >>> image[2:9, 2:14], image[3:8, 3:13] = (200, 20, 30), (30, 80, 200)

@@ -39,7 +39,7 @@ class Sam:
     Parameters
     ----------
     model : transformers.SamModel
-        For example ``facebook/sam-vit-base``.
+        Segment Anything model, for example ``facebook/sam-vit-base``.
     processor : transformers.SamProcessor
 
     Raises
@@ -87,14 +87,14 @@ class OwlDetector:
     model : transformers.OwlViTForObjectDetection or transformers.Owlv2ForObjectDetection
     processor : transformers.OwlViTProcessor or transformers.Owlv2Processor
     threshold : float
-        Score that a box must exceed; the default is that of transformers.
+        Score that a box must exceed to be kept; the default is the same as in transformers.
     nms : float
         IoU threshold of non-maximum suppression among the boxes of one noun.
     query : str
         Template of the text query for a noun; ``{noun}`` is replaced by the noun.
     masks : Sam, optional
-        Model that predicts the mask of the thing in each box. By default the mask of a thing is its whole box, so its
-        color is the most frequent one in the box.
+        Model that predicts the mask of the thing in each box. By default, the mask of a thing is the whole box, and the
+        color of the thing is the most frequent color in the box.
 
     Raises
     ------
@@ -149,21 +149,22 @@ class OwlDetector:
 class GroundingDinoDetector:
     """Grounding DINO detector (Liu et al., ECCV 2024), which may assign several nouns to one box.
 
-    It reads all nouns in one text, such as "cat. frog.".
+    The model reads all nouns in one text, such as "cat. frog.".
 
     Parameters
     ----------
     model : transformers.GroundingDinoForObjectDetection
     processor : transformers.GroundingDinoProcessor
     threshold : float
-        Score that at least one token of the text must exceed in a box for the box to be kept.
+        A box is kept if the score of at least one token of the text exceeds this value.
     text_threshold : float
-        Mean score of a noun's tokens above which a kept box is assigned to the noun. The mean is the thing's score.
+        A kept box is assigned to a noun if the mean score of the noun's tokens exceeds this value. This mean is the
+        score of the thing.
     nms : float
         IoU threshold of non-maximum suppression among the boxes of one noun.
     masks : Sam, optional
-        Model that predicts the mask of the thing in each box. By default the mask of a thing is its whole box, so its
-        color is the most frequent one in the box.
+        Model that predicts the mask of the thing in each box. By default, the mask of a thing is the whole box, and the
+        color of the thing is the most frequent color in the box.
 
     Raises
     ------
@@ -221,7 +222,10 @@ class GroundingDinoDetector:
         return _things(rgb, owners, scores[rows, columns], corners, self.nms, self.masks)
 
     def _spans(self, ids: list[int]) -> list[list[int]]:
-        """Positions of the tokens of each noun in a text's token ids; full stops separate the nouns."""
+        """Positions of each noun's tokens in a text such as "cat. frog.", one list per noun.
+
+        `ids` has the token ids of the text. A full stop ends each noun, and special tokens belong to no noun.
+        """
         tokenizer = self.processor.tokenizer
         stop = tokenizer.convert_tokens_to_ids(".")
         spans: list[list[int]] = [[]]
@@ -237,17 +241,17 @@ class GroundingDinoDetector:
 class ClipSegSegmenter:
     """CLIPSeg segmenter (Lüddecke and Ecker, CVPR 2022): a thing is a connected component of pixels of one noun.
 
-    Each pixel is assigned to the noun with the highest score there. The score of a thing is the mean of this score over
-    its pixels. Components are disjoint, so this segmenter never reports hybrids.
+    Each pixel is assigned to the noun with the highest score at this pixel. The score of a thing is the mean score of
+    the noun over the thing's pixels. Things are disjoint, so this segmenter never reports hybrids.
 
     Parameters
     ----------
     model : transformers.CLIPSegForImageSegmentation
     processor : transformers.CLIPSegProcessor
     threshold : float
-        Score that a pixel must exceed to belong to its noun; the other pixels are background.
+        Score that a pixel must exceed to be assigned to a noun; all other pixels are background.
     least_area : float
-        Smallest share of the image that a component must cover, 0 to 1.
+        Smallest share of the image, 0 to 1, that a component must cover to count as a thing.
     query : str
         Template of the text query for a noun; ``{noun}`` is replaced by the noun.
 
@@ -308,12 +312,12 @@ class ClipSegSegmenter:
         Returns
         -------
         ndarray, float32 in [0, 1], (noun, y, x)
-            At the size of the image.
+            Scores; y and x are the pixels of the image.
 
         Raises
         ------
         PromptError
-            `nouns` is a single string, or empty.
+            `nouns` is a single string or an empty list.
         """
         if isinstance(nouns, str) or not nouns:
             raise PromptError(f"nouns={nouns!r}: give a list of one or more nouns, such as ['cat', 'lion'].")
@@ -425,8 +429,8 @@ def mark_coinciding(things: Sequence[Thing], iou: float = 0.9) -> list[Thing]:
     Returns
     -------
     list of Thing
-        Copies of the things in the same order. The nouns of the things whose boxes coincide with the box of a thing
-        are added to its ``mixed_with``.
+        Copies of the things, in the same order. If the box of a thing coincides with boxes of other nouns, these nouns
+        are added to the thing's ``mixed_with``.
 
     Raises
     ------
@@ -440,6 +444,8 @@ def mark_coinciding(things: Sequence[Thing], iou: float = 0.9) -> list[Thing]:
 
     Examples
     --------
+    A cat and a dog with the same box:
+
     >>> mask = np.ones((4, 4), bool)
     >>> [t.mixed_with for t in mark_coinciding([Thing("cat", mask, 0.8, "gray"), Thing("dog", mask, 0.7, "gray")])]
     [('dog',), ('cat',)]
@@ -457,7 +463,9 @@ def mark_coinciding(things: Sequence[Thing], iou: float = 0.9) -> list[Thing]:
 def _things(
     rgb: Image.Image, nouns: list[str], scores: torch.Tensor, corners: torch.Tensor, nms: float, sam: Sam | None
 ) -> list[Thing]:
-    """Things in those boxes that non-maximum suppression keeps, with hybrids marked, in descending order of score.
+    """Things in the boxes that remain after non-maximum suppression, in descending order of score.
+
+    Things of different nouns whose boxes coincide are marked as hybrids.
 
     Parameters
     ----------
@@ -492,7 +500,11 @@ def _things(
 
 
 def _suppress(boxes: np.ndarray, scores: np.ndarray, nouns: list[str], iou: float) -> list[int]:
-    """Non-maximum suppression per noun: indices of kept boxes in descending order of score; no empty box is kept."""
+    """Indices of the boxes that non-maximum suppression keeps, in descending order of score.
+
+    `boxes` has one row (left, top, right, bottom) per box; `scores` and `nouns` have one value per box. An empty box is
+    dropped. A box is also dropped if its intersection over union with a kept box of the same noun exceeds `iou`.
+    """
     visible = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     order = [int(i) for i in np.argsort(-scores, kind="stable") if visible[i]]
     overlaps = _ious(boxes.astype(float))
@@ -504,7 +516,10 @@ def _suppress(boxes: np.ndarray, scores: np.ndarray, nouns: list[str], iou: floa
 
 
 def _ious(boxes: np.ndarray) -> np.ndarray:
-    """Intersection over union of every pair of boxes, (n, 4) -> (n, n); 0 where both are empty."""
+    """Intersection over union of every pair of boxes, as an array (n, n).
+
+    `boxes` is an array (n, 4) with a row (left, top, right, bottom) for each box. Two empty boxes have the value 0.
+    """
     low, high = np.maximum(boxes[:, None, :2], boxes[None, :, :2]), np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
     shared = np.clip(high - low, 0, None).prod(-1)
     areas = np.clip(boxes[:, 2:] - boxes[:, :2], 0, None).prod(-1)
@@ -530,7 +545,7 @@ def _distinct(nouns: Sequence[str]) -> list[str]:
 
 
 def _ready(inputs: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
-    """Inputs of the model on its device; floating-point inputs in its dtype."""
+    """Inputs of a model, moved to the model's device; floating-point inputs are converted to the model's dtype."""
     return {
         name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
         for name, value in inputs.items()
@@ -556,10 +571,11 @@ def _check_query(query: str) -> None:
 
 
 def _model_type(name: str | Path, example: str = "google/owlv2-base-patch16-ensemble", what: str = "Detector") -> str:
-    """Family (``model_type``) of a checkpoint, read from its config, before any weights are downloaded.
+    """Family (``model_type``) of a checkpoint, read from its config before any weights are downloaded.
 
-    The callers refuse a family that they do not support. ``name`` is a folder or a hub id. The text of the `ModelError`
-    for a model that cannot be found or read has ``what`` as the kind of model and ``example`` as a valid hub id.
+    `name` is a folder or a hub id. Every family is accepted here; the callers refuse the families that they do not
+    support. A `ModelError` is raised if the model cannot be found or read. The error message names the kind of model,
+    `what`. If `name` is neither a folder nor a hub id, the message also gives `example`, a valid hub id.
     """
     if not Path(name).is_dir() and not (isinstance(name, str) and HUB_ID.fullmatch(name)):
         raise ModelError(f"{what} {str(name)!r} is neither a folder nor a hub id such as {example!r}.")

@@ -1,21 +1,28 @@
-"""Label files: statements about generated images, given by eye or by the judge, one row per image.
+"""Label files: one row of statements about each generated image, filled in by a person or by the judge.
 
 **Label file** (CSV)::
 
     image,first_nameable,first_color,second_nameable,second_color,hybrid,extra
     17,1,1,1,0,0,0
 
-``image`` is the number of the image. The values of all other columns are 1 (true) or 0 (false). ``first`` and
-``second`` are the first and the second entity of the prompt. ``*_nameable``: a person who has not read the prompt would
-name the entity as the prompt does. ``*_color``: the entity has the color that the prompt asks for; if the prompt asks
-for none, the value is 1 unless the entity clearly took the color of the other entity. ``hybrid``: two things are fused.
-``extra``: a nameable thing was not asked for, or appears more often than asked for. If the prompt names a single
-entity, ``second_nameable`` and ``second_color`` are empty. A row in which all columns but ``image`` are empty is not
-labeled yet and is skipped by the readers. An image is right by eye if every entity is nameable and has its color and
-nothing is fused, which is also the judge's definition of success.
+``image`` is the number of the image. The values of all other columns are 1 (true) or 0 (false). Columns that begin with
+``first`` describe the first entity of the prompt, and columns that begin with ``second`` describe the second entity.
 
-**Folder of labeled images**: ``labels.csv``, ``images/`` (``0017.png`` or another format) and ``key.json``, an object
-with the prompt of each image and how it was made: ``{"17": {"prompt": "a cat and a dog", "seed": 100}}``.
+- ``first_nameable``, ``second_nameable``: a person who has not read the prompt would name the entity as the prompt
+  does.
+- ``first_color``, ``second_color``: the entity has the color that the prompt asks for. If the prompt asks for no color,
+  the value is 0 only if the entity clearly took the color of the other entity.
+- ``hybrid``: two things in the image are fused.
+- ``extra``: the image has a nameable thing that the prompt does not ask for, or more things of one noun than the prompt
+  asks for.
+
+If the prompt has only one entity, ``second_nameable`` and ``second_color`` are empty. If all columns except ``image``
+are empty, the image is not labeled yet, and the readers skip the row. An image is right if every entity is nameable and
+has its color, and nothing is fused.
+
+**Folder of labeled images**: ``labels.csv`` is the label file. ``images/`` contains the images; image 17 is
+``0017.png``, or has the ending of another format. ``key.json`` is an object with one entry per image, which states the
+prompt and, for example, the seed: ``{"17": {"prompt": "a cat and a dog", "seed": 100}}``.
 """
 
 from __future__ import annotations
@@ -56,7 +63,7 @@ class Label:
         the thing in the image as the prompt does.
     color : tuple of bool
         One value for each entity. True if the entity has the color that the prompt asks for. If the prompt asks for no
-        color, True unless the entity clearly took the color of the other entity.
+        color, False only if the entity clearly took the color of the other entity.
     hybrid : bool
         True if two things in the image are fused.
     extra : bool
@@ -65,6 +72,9 @@ class Label:
 
     Examples
     --------
+    Both entities are nameable, the second entity has a wrong color, and the image has an extra thing. `values` lists
+    `nameable` and `color` of the first entity, then of the second entity, then `hybrid` and `extra`:
+
     >>> label = Label((True, True), (True, False), hybrid=False, extra=True)
     >>> label.right, label.faults, label.values()
     (False, ('wrong color',), ['1', '1', '1', '0', '0', '1'])
@@ -77,14 +87,15 @@ class Label:
 
     @property
     def right(self) -> bool:
-        """True if all entities are nameable and have their colors, and the image has no hybrid."""
+        """True if every entity can be recognized and has its color, and the image has no hybrid."""
         return all(self.nameable) and all(self.color) and not self.hybrid
 
     @property
     def faults(self) -> tuple[str, ...]:
         """Faults of the image, out of "not nameable", "wrong color" and "hybrid".
 
-        A wrong color counts only for a nameable entity.
+        "not nameable": a person who has not read the prompt would not recognize an entity. "wrong color": a nameable
+        entity has a wrong color. "hybrid": two things in the image are fused.
         """
         miscolored = any(seen and not color for seen, color in zip(self.nameable, self.color, strict=True))
         found = (not all(self.nameable), miscolored, self.hybrid)
@@ -105,7 +116,7 @@ class Label:
         """Values of the label as a label file contains them: "1" for True, "0" for False.
 
         The six values are the first entity's `nameable` and `color`, the second entity's `nameable` and `color`,
-        `hybrid` and `extra`. Without a second entity, its two values are empty strings.
+        `hybrid` and `extra`. If the prompt has only one entity, the third and the fourth value are empty strings.
         """
         entities = [value for pair in zip(self.nameable, self.color, strict=True) for value in pair]
         return ["" if value is None else str(int(value)) for value in (*entities, None, None)[:4]] + [
@@ -115,7 +126,11 @@ class Label:
 
 
 class Row(NamedTuple):
-    """A labeled row of a file: the number of its line, the text of each column, and the label."""
+    """Labeled row of a label file.
+
+    `line` is the number of the line in the file, counted from 1. `cells` is the text of each column, by the name of the
+    column. `label` is the label that the row states.
+    """
 
     line: int
     cells: dict[str, str]
@@ -131,7 +146,9 @@ class LabeledImage(NamedTuple):
 
 
 def read_labels(path: Path) -> dict[int, Label]:
-    """Read a label file.
+    """Read the labels of images from a label file.
+
+    A label file is a CSV file with one row per image.
 
     Parameters
     ----------
@@ -140,7 +157,7 @@ def read_labels(path: Path) -> dict[int, Label]:
     Returns
     -------
     dict of int to Label
-        Labels by the number of the image. A row in which only the number of the image is filled in is left out.
+        Label of each image, by the number of the image. Images whose row contains only the number are left out.
 
     Raises
     ------
@@ -149,6 +166,9 @@ def read_labels(path: Path) -> dict[int, Label]:
 
     Examples
     --------
+    The columns are image, first_nameable, first_color, second_nameable, second_color, hybrid and extra. Image 17 has
+    one entity, which is nameable and has a wrong color. Image 18 is not labeled:
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "labels.csv")
@@ -166,23 +186,23 @@ def read_rows(path: Path, columns: tuple[str, ...] = COLUMNS, hint: str = _WRITE
     ----------
     path : Path
     columns : tuple of str
-        Names of all columns of the file, in their order. They must include the columns of a label file, which are the
-        default: ``image``, ``first_nameable``, ``first_color``, ``second_nameable``, ``second_color``, ``hybrid`` and
-        ``extra``.
+        Names of all columns of the file, in their order. The default is the columns of a label file: ``image``,
+        ``first_nameable``, ``first_color``, ``second_nameable``, ``second_color``, ``hybrid`` and ``extra``. A file may
+        have further columns, but must have all of these.
     hint : str
-        Sentence that ends the error message if the file cannot be read: what the user can do.
+        Last sentence of the error message if the file cannot be read. It states what the user can do.
 
     Returns
     -------
     dict of int to Row
-        Rows by the number of the image. A row in which no column of the label is filled in is left out.
+        Row of each labeled image, by the number of the image. Rows without any value of a label are left out.
 
     Raises
     ------
     SettingError
         The file cannot be read, or its columns are not exactly `columns`. The number of an image is not a whole number
-        of at least 1, or two rows have the same number. A value of a label is neither 0 nor 1, or is missing; only the
-        two columns of a second entity may be empty.
+        of at least 1, or two labeled rows have the same number. A value of a label is not 0 or 1. The two columns of
+        the second entity may be empty, but only both together.
     """
     try:
         reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
@@ -241,27 +261,27 @@ def _label(cells: dict[str, str], where: str) -> Label:
 
 
 def read_key(path: Path, needed: Collection[str] = (), hint: str = _WRITE) -> dict[int, dict[str, Any]]:
-    """Read a ``key.json``, which states the prompts of the images in a folder and how they were made.
+    """Read a ``key.json``, which states the prompt of each image in a folder and further facts, such as the seed.
 
     Parameters
     ----------
     path : Path
-        The file.
+        Path of the ``key.json``.
     needed : collection of str
         Keys that the entry of each image must have besides "prompt".
     hint : str
-        Sentence that ends the error message if the file cannot be read: what the user can do.
+        Last sentence of the error message if the file cannot be read. It states what the user can do.
 
     Returns
     -------
     dict of int to dict
-        Entry of each image, by the number of the image: its prompt, and what else the file states.
+        Entry of each image, by the number of the image. An entry is a dict with the prompt and the further facts.
 
     Raises
     ------
     SettingError
-        The file cannot be read or is not a JSON object, the number of an image is not a whole number of at least 1, or
-        an entry lacks the prompt or one of the keys in `needed`.
+        The file cannot be read or is not a JSON object. The number of an image is not a whole number of at least 1. An
+        entry lacks the prompt or one of the keys in `needed`.
 
     Examples
     --------
@@ -302,11 +322,12 @@ def named_nouns(prompt: str) -> tuple[str, ...]:
     Parameters
     ----------
     prompt : str
-        Prompt worded like those of ``benchmarks.audit``, such as "a cat and a red bow".
+        Prompt whose parts each name one thing, such as "a cat and a red bow".
 
     Returns
     -------
     tuple of str
+        One noun per part, in the order of the prompt.
 
     Examples
     --------
@@ -317,9 +338,9 @@ def named_nouns(prompt: str) -> tuple[str, ...]:
 
 
 def find_image(folder: Path, number: int) -> Path | None:
-    """Path of the image that has the given number in a folder of labeled images; None if there is no such file.
+    """Path of the image with a given number in a folder of labeled images; None if the folder has no such image.
 
-    The file of image 17 is ``images/0017.png`` in the folder, or has the ending of another format.
+    For example, image 17 is the file ``images/0017.png`` or ``images/0017.jpg`` in the folder.
     """
     return next(iter(sorted((folder / "images").glob(f"{number:04d}.*"))), None)
 
@@ -359,8 +380,8 @@ def read_images(folder: Path) -> list[LabeledImage]:
     Raises
     ------
     SettingError
-        ``labels.csv`` or ``key.json`` is missing or malformed, a labeled image is missing in ``key.json`` or
-        ``images/``, a label does not have as many entities as the prompt of its image, or a prompt names a noun that
+        ``labels.csv`` or ``key.json`` is missing or malformed. A labeled image is missing in ``key.json`` or in
+        ``images/``. The label and the prompt of an image have different numbers of entities. A prompt has a noun that
         picture-world does not know.
     """
     path = folder / "labels.csv"

@@ -1,4 +1,8 @@
-"""Network of the built-in judge: classes of pixels, and probabilities of hybrids and unrecognizable shapes."""
+"""Network of the built-in judge, and the things that the judge finds with the network.
+
+For each pixel of an image, the network predicts a class: the background or a noun. The network also predicts the
+probability that the pixel belongs to a hybrid, and the probability that the pixel belongs to an unrecognizable shape.
+"""
 
 from __future__ import annotations
 
@@ -39,15 +43,19 @@ UNRECOGNIZABLE = 0.5
 
 
 class Segmenter(nn.Module):
-    """Small U-Net that computes at half resolution and returns logits at the resolution of the image.
+    """Small U-Net that returns logits for each pixel of an image.
+
+    The logits are computed at half resolution and interpolated to the resolution of the image.
 
     Parameters
     ----------
     channels : tuple of int
-        Number of channels at 1/2, 1/4, 1/8, ... of the image's side.
+        Number of channels at each level of the U-Net. The first level has 1/2 of the resolution of the image, the
+        second 1/4, and so on.
     outputs : int
-        Number of logits per pixel. By default 27: one for the background, one for each of the 24 nouns of
-        picture-world, one for hybrids and one for unrecognizable shapes. A judge without the last one has 26.
+        Number of logits per pixel. The default is 27: one for the background, one for each of the 24 nouns of
+        picture-world, one for hybrids and one for unrecognizable shapes. A network that does not predict unrecognizable
+        shapes has 26.
     """
 
     def __init__(self, channels: tuple[int, ...] = CHANNELS, outputs: int = CLASSES + 2) -> None:
@@ -60,23 +68,23 @@ class Segmenter(nn.Module):
         self.head = nn.Conv2d(channels[0], outputs, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of the classes, and of hybrids and unrecognizable shapes.
+        """Logits of each pixel for the classes, for hybrids and for unrecognizable shapes.
 
         Parameters
         ----------
         images : Tensor, (n, 3, h, w)
-            In [-1, 1]; sides are multiples of 32.
+            Pixel values in [-1, 1]; h and w are multiples of 32.
 
         Returns
         -------
         Tensor, (n, outputs, h, w)
-            Logits of the background, of the nouns in the order of `elakit.world.vocabulary.NOUNS`, of a hybrid, and, if
-            the network has this output, of an unrecognizable shape.
+            Logits of the background, of each noun in `elakit.world.vocabulary.NOUNS`, of a hybrid and of an
+            unrecognizable shape, in this order. A network with 26 outputs has no logit of an unrecognizable shape.
         """
         return F.interpolate(self.halved(images), size=images.shape[-2:], mode="bilinear", align_corners=False)
 
     def halved(self, images: Tensor) -> Tensor:
-        """Logits at half resolution, as the network computes them, (n, outputs, h / 2, w / 2)."""
+        """Logits of images (n, 3, h, w) at half resolution, before interpolation: (n, outputs, h / 2, w / 2)."""
         x = self.stem(images)
         skips = []
         for down in self.down:
@@ -94,7 +102,7 @@ def load_segmenter(model: Path | None = None) -> Segmenter:
     Parameters
     ----------
     model : Path, optional
-        Folder with ``judge/model.safetensors``, as the training writes it; by default the built-in model.
+        Folder that contains the weights, ``judge/model.safetensors``. By default the folder of the built-in model.
 
     Raises
     ------
@@ -126,9 +134,9 @@ class Seen:
     probabilities : ndarray, float32, (n, 25, size, size)
         Probability of each class: the background and the 24 nouns.
     mixed : ndarray, float32, (n, size, size)
-        Probability that the pixel belongs to a hybrid.
+        Probability that each pixel belongs to a hybrid.
     unrecognizable : ndarray, float32, (n, size, size)
-        Probability that the pixel belongs to an unrecognizable shape; 0 if the network has no such output.
+        Probability that each pixel belongs to an unrecognizable shape; 0 if the network does not predict such shapes.
     """
 
     classes: np.ndarray
@@ -139,21 +147,22 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Component:
-    """Connected component of one class in an image, from which `decide` makes a thing.
+    """Connected region of pixels that show the same noun in an image; `decide` makes a thing of each component.
 
     Attributes
     ----------
     thing : Thing
-        The component as a thing with the default values of `mixed_with` (empty) and `recognizable` (True). `decide`
-        returns a copy of the thing with the final values.
-    mixed, unrecognizable : float
-        Mean over the component's pixels of the probability that the pixel belongs to a hybrid (`mixed`), and that it
-        belongs to an unrecognizable shape (`unrecognizable`).
+        The component as a thing. `mixed_with` is still empty and `recognizable` is still True; `decide` returns a copy
+        of the thing with the final values.
+    mixed : float
+        Probability that a pixel belongs to a hybrid, averaged over the component.
+    unrecognizable : float
+        Probability that a pixel belongs to an unrecognizable shape, averaged over the component.
     second : str
         The second most probable noun of the component.
     blobs : frozenset of int
-        Index of the blob that contains the component, as a set of one element. A blob is a connected region of pixels
-        that are not background, whatever their classes. Two components in the same blob are connected.
+        Set with a single element: the index of the blob that contains the component. A blob is a connected region of
+        pixels that are not background, and may contain several nouns. Components in the same blob are connected.
     """
 
     thing: Thing
@@ -165,21 +174,25 @@ class Component:
 
 @torch.no_grad()
 def segment(images: np.ndarray, model: Path | None = None) -> Seen:
-    """Classify every pixel of some images.
+    """Classify every pixel of some images with the network of a judge.
 
     Parameters
     ----------
     images : ndarray, uint8, (n, size, size, 3)
         `size` is a multiple of 32.
     model : Path, optional
-        Folder of the judge, as in `load_segmenter`; by default the built-in model.
+        Folder that contains the weights, ``judge/model.safetensors``. By default the folder of the built-in model.
 
     Returns
     -------
     Seen
+        Class and probabilities of each pixel.
 
     Examples
     --------
+    The scene contains a frog. The class of a noun is 1 plus the index of the noun in `NOUNS`, so 1 is subtracted from
+    the median class of the frog's pixels:
+
     >>> from elakit.world.scenes import Subject, World, compose
     >>> scene = compose((Subject("frog"),), World(artists=("noto",)), np.random.default_rng(0))
     >>> classes = segment(scene.image[None]).classes[0]
@@ -208,11 +221,13 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
     Returns
     -------
     list of Thing
-        The attribute `score` is the mean probability of the noun over the thing's pixels; it is low for a deformed
-        thing. Unrecognizable shapes are included, with the most probable noun and ``recognizable=False``.
+        The `score` of a thing is the mean probability of its noun over its pixels, and is low for a deformed thing.
+        Unrecognizable shapes are included, with their most probable noun and with ``recognizable=False``.
 
     Examples
     --------
+    The scene contains a green apple, which is not fused with another thing:
+
     >>> from elakit.world.scenes import Subject, World, compose
     >>> scene = compose((Subject("apple", "green"),), World(artists=("noto",)), np.random.default_rng(0))
     >>> [(thing.noun, thing.color, thing.mixed_with) for thing in find_things(Image.fromarray(scene.image))]
@@ -222,18 +237,20 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
 
 
 def find_components(image: Image.Image, model: Path | None = None) -> list[Component]:
-    """Find the components of an image that may be things, the largest first; `decide` makes things of them.
+    """Find the components of an image that are large enough to be things, the largest component first.
+
+    A component is a connected region of pixels that show the same noun. `decide` makes a thing of each component.
 
     Parameters
     ----------
     image : PIL.Image.Image
     model : Path, optional
-        Folder of the judge, as in `load_segmenter`; by default the built-in model.
+        Folder that contains the weights, ``judge/model.safetensors``. By default the folder of the built-in model.
 
     Returns
     -------
     list of Component
-        Components that cover at least the share ``LEAST_AREA`` of the image.
+        Components that cover at least the share ``LEAST_AREA`` (0.008) of the image.
     """
     rgb = image.convert("RGB")
     way = Image.Resampling.BOX if min(rgb.size) >= SIZE else Image.Resampling.BICUBIC
@@ -268,22 +285,24 @@ def find_components(image: Image.Image, model: Path | None = None) -> list[Compo
 def decide(
     components: Sequence[Component], mixed: float = MIXED, unrecognizable: float = UNRECOGNIZABLE
 ) -> list[Thing]:
-    """Decide which components of an image are parts of hybrids, and which are unrecognizable.
+    """Make things of the components of an image, and decide which things are unrecognizable or parts of hybrids.
 
     Parameters
     ----------
     components : sequence of Component
         All components of an image.
-    mixed, unrecognizable : float
-        Thresholds for the attributes `mixed` and `unrecognizable` of each component. A component whose `mixed` exceeds
-        its threshold is part of a hybrid. A component whose `unrecognizable` exceeds its threshold is unrecognizable.
+    mixed : float
+        Threshold for the attribute `mixed` of a component. Above the threshold, the component is part of a hybrid.
+    unrecognizable : float
+        Threshold for the attribute `unrecognizable` of a component. Above the threshold, the component is
+        unrecognizable.
 
     Returns
     -------
     list of Thing
-        One thing per component, in the same order. If a component is part of a hybrid, the attribute `mixed_with` of
-        its thing contains the nouns of all components that are connected to it, are also part of a hybrid, and have
-        another noun. If there is no such component, `mixed_with` contains the component's second most probable noun.
+        One thing per component, in the same order. If the component is part of a hybrid, `mixed_with` contains the
+        nouns of its partners. Partners are components with other nouns that are connected to this component and are
+        parts of a hybrid, too. Without a partner, `mixed_with` contains the component's second most probable noun.
     """
     things = []
     for one in components:
@@ -307,7 +326,7 @@ def decide(
 
 
 def _components(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Pairs (class, mask) of the connected components of each class except the background, the largest first."""
+    """Connected components of every class except the background, as pairs (class, mask), the largest area first."""
     found: list[tuple[int, np.ndarray]] = []
     for value in np.unique(classes[classes > 0]):
         labeled, count = label(classes == value, return_num=True, connectivity=2)
@@ -316,10 +335,10 @@ def _components(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
 
 
 def _without_specks(classes: np.ndarray) -> np.ndarray:
-    """Copy of `classes`, the class of each pixel, in which each speck takes the class of a larger component.
+    """Copy of `classes`, the class of each pixel, in which each speck takes the class of a larger neighbor.
 
-    A component is a speck if its area is less than the share ``SPECK`` of the area of the largest component within two
-    pixels of it. The speck takes the class of this largest component.
+    The neighbor of a component is the largest component within a distance of two pixels. The component is a speck if
+    its area is less than the share ``SPECK`` (0.15) of the area of the neighbor.
     """
     classes = classes.copy()
     found = _components(classes)

@@ -27,13 +27,16 @@ class Thing:
     color : str or None
         Color of the thing, one of `elakit.world.vocabulary.COLORS`; None if the mask is empty.
     mixed_with : tuple of str
-        If the thing is part of a hybrid, the other nouns that are fused in the hybrid; empty otherwise.
+        Other nouns of the hybrid that the thing is part of; empty if the thing is not part of a hybrid.
     recognizable : bool
-        False for a shape that the detector cannot name. Its `noun` is only the most probable one, and the judge does
-        not count it as a thing.
+        False for a shape that the detector cannot name. The `noun` of such a shape is only the most probable noun, and
+        the judge does not count the shape as a thing.
 
     Examples
     --------
+    The mask covers rows 1 and 2 and columns 2 to 5. The box is (left, top, right, bottom), with right and bottom
+    exclusive, and the area is the share of the image:
+
     >>> mask = np.zeros((4, 8), bool)
     >>> mask[1:3, 2:6] = True
     >>> thing = Thing("cat", mask, 0.9, "orange")
@@ -60,7 +63,7 @@ class Thing:
 
 
 class Detector(Protocol):
-    """Callable that finds things in an image: the built-in judge, or one of `elakit.judge.detectors`."""
+    """Callable that finds things in an image: the built-in judge, or a detector from `elakit.judge.detectors`."""
 
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
         """Find things in an image.

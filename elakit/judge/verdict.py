@@ -28,25 +28,24 @@ class Verdict:
     Attributes
     ----------
     entities : tuple of str
-        Labels of the prompt's entities, which are the keys of the dicts below.
+        Labels of the prompt's entities. All dicts below have these labels as keys.
     present : dict of str to bool
-        True for each entity that has a recognizable thing of its noun in the image, possibly as part of a hybrid. One
-        thing does not stand for several entities of the same noun.
+        True for each entity that was found in the image as a recognizable thing, possibly as part of a hybrid. If
+        several entities have the same noun, each needs a thing of its own.
     colors : dict of str to str or None
-        Most frequent color of each entity's pixels; None if the entity is absent. For a multicolored thing, this is
-        only one of its colors. `right_color` compares the color with the prompt.
+        Color of each entity; None if the entity is absent. The color is the most frequent color of a thing with the
+        entity's noun. Of several such things, a thing in the color that the prompt names is preferred.
     asked : dict of str to str or None
-        Color that the prompt names for each entity; None if it names none.
+        Color that the prompt names for each entity; None if the prompt names no color for the entity.
     masks : ndarray, bool, (entity, y, x)
-        Mask of each entity, at the size of the image: the union of all recognizable things of its noun. If several
-        entities have the same noun, each gets one of these things. Entities for which the prompt names a color choose
-        first, and take a thing in this color if one is left. Otherwise an entity takes the largest whole thing that is
-        left or, if only parts of hybrids are left, the largest of them.
+        Mask of each entity, at the size of the image: the union of all recognizable things of the entity's noun. If
+        several entities have the same noun, each gets only one of these things. A thing in the color that the prompt
+        names is preferred. Otherwise, whole things are preferred to parts of hybrids, and large things to small ones.
     leak : dict of str to float
-        Share of each entity's pixels in a color that the prompt names for another entity and not for this one, 0 to 1;
-        0 if the entity is absent.
+        Share of each entity's pixels that have a color named in the prompt for another entity, 0 to 1. The color that
+        the prompt names for the entity itself does not count. The share is 0 if the entity is absent.
     mixtures : tuple of tuple of str
-        Nouns of each hybrid in the image, such as ("cat", "lion").
+        Nouns of each hybrid in the image, such as ("cat", "lion") for a cat that is fused with a lion.
     things : tuple of Thing
         All things that were found, including those that the prompt does not name and unrecognizable shapes.
     nouns : dict of str to str
@@ -65,7 +64,7 @@ class Verdict:
 
     @property
     def mixture(self) -> bool:
-        """True if the image contains a hybrid, which is a thing fused from two or more."""
+        """True if the image contains a hybrid: two or more things that are fused into one."""
         return bool(self.mixtures)
 
     @property
@@ -80,10 +79,10 @@ class Verdict:
 
     @property
     def extra(self) -> tuple[str, ...]:
-        """Nouns of the surplus things: those that the prompt does not ask for, or beyond the number that it asks for.
+        """Noun of each surplus thing in the image, that is, of each thing that the prompt does not ask for.
 
-        A noun is repeated for each surplus thing: if the prompt asks for one cat and the image has three cats and a
-        dog, "cat" occurs twice and "dog" once. Parts of hybrids and unrecognizable shapes do not count.
+        For example, if the prompt asks for one cat and the image has three cats and a dog, "cat" occurs twice and "dog"
+        once. Parts of hybrids and unrecognizable shapes do not count.
         """
         found = Counter(thing.noun for thing in self.things if thing.recognizable and not thing.mixed_with)
         return tuple((found - Counter(self.nouns.values())).elements())
@@ -92,19 +91,19 @@ class Verdict:
     def right_color(self) -> dict[str, bool]:
         """True for each entity that is present and has no wrong color.
 
-        If the prompt names a color for an entity, every other color is wrong. If it names none, a color is wrong only
-        if the prompt names this color for another entity and the color is unusual for the noun: for "a bird and a red
-        chair", a red bird is wrong and a green bird is right. Usual colors are known only for the nouns of
-        picture-world. An entity with another noun, for which the prompt names no color, has no wrong color.
+        If the prompt names a color for the entity, every other color is wrong. If the prompt names no color for the
+        entity, a color is wrong under two conditions: the prompt names this color for another entity, and the color is
+        unusual for the noun. For "a bird and a red chair", a red bird is wrong and a green bird is right. Usual colors
+        are known only for the nouns of picture-world. For other nouns, no color counts as unusual.
         """
         return {e: self.present[e] and not self._miscolored(e) for e in self.entities}
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Kinds of failure in the image: "neglect", "mixture" and "wrong color".
+        """Kinds of failure in the image, out of "neglect", "mixture" and "wrong color".
 
-        An entity is neglected if it is not `present` and its noun is not among the nouns of a hybrid in `mixtures`. A
-        mixture is a hybrid. A wrong color counts only for an entity that is present.
+        "neglect": an entity is absent, and its noun is in no hybrid either. "mixture": the image contains a hybrid.
+        "wrong color": an entity is present, but in a wrong color.
         """
         fused = {noun for mixture in self.mixtures for noun in mixture}
         missing = any(not self.present[e] and self.nouns.get(e) not in fused for e in self.entities)
@@ -113,9 +112,9 @@ class Verdict:
 
     @property
     def success(self) -> bool:
-        """True if all entities are present, `right_color` is True for each, and the image has no hybrid.
+        """True if all entities are present and in their colors (`right_color`), and the image has no hybrid.
 
-        Additional things do not count.
+        An image with additional things can be a success.
         """
         return all(self.right_color.values()) and not self.mixture
 
@@ -128,10 +127,11 @@ class Verdict:
         return usual is not None and seen in others and seen not in usual
 
     def findings(self) -> tuple[tuple[str, bool], ...]:
-        """Pairs (statement, bool) for each entity and each hybrid; the bool is True if the statement fits the prompt.
+        """Statements about each entity and each hybrid, such as ("car: red", True) or ("bird: missing", False).
 
-        A color is stated only if the prompt names one for the entity, or if the entity took another entity's color. If
-        an entity is absent and the image has an unrecognizable shape, the shape is stated as well.
+        The second element of each pair is True if the statement agrees with the prompt. The color of an entity is
+        stated if the prompt names a color for the entity, or if the entity took the color of another entity. If an
+        entity is absent and the image has an unrecognizable shape, one more statement reports the shape.
         """
         statements = []
         for entity in self.entities:
@@ -151,12 +151,14 @@ class Verdict:
         return tuple(statements)
 
     def __str__(self) -> str:
-        """`findings` in one line, such as "car: red; bird: missing" or "cat: present; lion: present; hybrid of ..."."""
+        """Statements of `findings` in one line, such as "car: red; bird: missing"."""
         return "; ".join(text for text, _ in self.findings())
 
 
 def knows(prompt: Prompt) -> bool:
-    """True if the built-in judge knows every noun and attribute of a prompt (nouns and colors of picture-world).
+    """True if the built-in judge knows every noun and every attribute of a prompt.
+
+    The built-in judge knows the nouns and the colors of picture-world.
 
     Parameters
     ----------
@@ -168,6 +170,8 @@ def knows(prompt: Prompt) -> bool:
 
     Examples
     --------
+    The judge knows "red" and "car", but not "zebra":
+
     >>> import elakit
     >>> pipe = elakit.load("picture-world")
     >>> knows(elakit.parse("a [red car]", pipe)), knows(elakit.parse("a [red zebra]", pipe))
@@ -177,7 +181,9 @@ def knows(prompt: Prompt) -> bool:
 
 
 def is_black(image: Image.Image) -> bool:
-    """True if every pixel of an image is black: a safety checker returns such an image in place of one it withholds.
+    """True if every pixel of an image is black.
+
+    A safety checker replaces an unsafe image by a black image.
 
     Parameters
     ----------
@@ -203,20 +209,20 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
     image : PIL.Image.Image
     prompt : Prompt
     detector : Detector, optional
-        Callable that finds the things in the image, such as a detector of `elakit.judge.detectors` for images of other
-        models. By default the built-in judge, which was trained on images of picture-world.
+        Callable that finds the things in the image. By default the built-in judge, which was trained on images of
+        picture-world. For images of other models, pass a detector from `elakit.judge.detectors`.
 
     Returns
     -------
     Verdict
-        Masks have the size of the image.
+        Assessment of the image; its masks have the size of the image.
 
     Raises
     ------
     PromptError
-        The prompt has a noun or an attribute that picture-world does not know, and no detector is given.
+        No detector is given, and the prompt has a noun or an attribute that picture-world does not know.
     SettingError
-        The image is entirely black, as a safety checker leaves it (see `is_black`).
+        The image is entirely black. A safety checker replaces an unsafe image by a black image.
 
     Notes
     -----
@@ -224,6 +230,8 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
 
     Examples
     --------
+    The scene contains a lion and a blue car, as the prompt asks:
+
     >>> import elakit
     >>> from elakit.world.scenes import Subject, World, compose
     >>> world, rng = World(artists=("noto",)), np.random.default_rng(5)
@@ -275,9 +283,10 @@ def _assign(
 ) -> None:
     """Assign the things of one noun to the entities of this noun, by changing `masks` and `colors` in place.
 
-    `owners` contains the indices of the entities. A single entity gets all things: its mask is their union. Each of
-    several entities gets one thing. The entities for which the prompt names a color get theirs first, if possible a
-    thing in this color. Whole things are preferred to parts of hybrids, and large things to small ones.
+    `owners` contains the indices of the entities. If there is only one entity, its mask is the union of all things. If
+    there are several entities, each entity gets at most one thing. Entities for which the prompt names a color choose
+    first, and take a thing in this color if possible. Otherwise, whole things are preferred to parts of hybrids, and
+    large things to small ones.
     """
     things = sorted(things, key=lambda thing: (bool(thing.mixed_with), -thing.area))
     if len(owners) == 1:
@@ -299,7 +308,7 @@ def _assign(
 
 
 def _mixtures(things: list[Thing]) -> tuple[tuple[str, ...], ...]:
-    """Nouns of each hybrid, listed once per set of nouns; the noun of the largest thing comes first."""
+    """Nouns of each hybrid, the noun of the largest thing first; several hybrids of the same nouns are listed once."""
     found: dict[frozenset[str], tuple[str, ...]] = {}
     for thing in sorted(things, key=lambda thing: -thing.area):
         if thing.mixed_with:
@@ -333,5 +342,5 @@ def _noun(entity: Entity) -> str:
 
 
 def _color(entity: Entity) -> str | None:
-    """Color that the prompt names for an entity: the last of its attributes that is a color."""
+    """Color that the prompt names for an entity: the last color among the entity's attributes, None without a color."""
     return next((a.lower() for a in reversed(entity.attributes) if a.lower() in COLORS), None)

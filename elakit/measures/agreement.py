@@ -1,9 +1,9 @@
 """Agreement of attention maps with the finished image: whether attention lies where the entity appeared.
 
-The arguments of every function are arrays whose last two dimensions are (y, x); the dimensions before them broadcast. A
-mask is true where an entity is in the image, according to a judge or an annotator. It must be on the grid of the maps;
-:func:`elakit.measures.masks.downscale` resamples it. :func:`elakit.bleeding.measure` adds these measures to a run's
-table.
+Every function takes maps and masks, arrays whose last two dimensions are (y, x); the leading dimensions broadcast. A
+mask is true where an entity is in the image, according to a judge or an annotator. Masks must have the size of the
+maps; :func:`elakit.measures.masks.downscale` resamples masks. :func:`elakit.bleeding.measure` adds the measures of this
+module to the table of a run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["agreement_iou", "auc", "pointing_game"]
 
 
 def agreement_iou(maps: Any, masks: Any) -> np.ndarray:
-    """Intersection over union of the entity's mask and each map, which is binarized with Otsu's threshold.
+    """Intersection over union (IoU) of each map, binarized with Otsu's threshold, and the mask of the entity.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def agreement_iou(maps: Any, masks: Any) -> np.ndarray:
     Returns
     -------
     float array, (...)
-        0 to 1; NaN where the mask is empty. A constant map has no value above its threshold and scores 0.
+        IoU, 0 to 1. NaN where the mask is empty; 0 for a constant map, because no value exceeds the threshold.
 
     Raises
     ------
@@ -41,13 +41,15 @@ def agreement_iou(maps: Any, masks: Any) -> np.ndarray:
 
     References
     ----------
-    Otsu, "A threshold selection method from gray-level histograms", 1979. Tang et al., "What the DAAM: Interpreting
-    Stable Diffusion Using Cross Attention", ACL 2023, also compare attention maps with segmentations of the images by
-    IoU, at thresholds of their own.
+    Otsu, "A threshold selection method from gray-level histograms", 1979.
+
+    Tang et al., "What the DAAM: Interpreting Stable Diffusion Using Cross Attention", ACL 2023. The paper also compares
+    attention maps with segmentations by IoU, but with other thresholds.
 
     Examples
     --------
-    Two locations stand out; one of them is on the cat, which covers three:
+    The first two locations exceed the threshold. The cat covers the last three locations. Only one of the four
+    locations is in both masks, and every location is in at least one mask, so the IoU is 1 / 4:
 
     >>> float(agreement_iou([[9., 8., 1., 0.]], [[0, 1, 1, 1]]))
     0.25
@@ -58,10 +60,10 @@ def agreement_iou(maps: Any, masks: Any) -> np.ndarray:
 
 
 def auc(maps: Any, masks: Any) -> np.ndarray:
-    """Area under the ROC curve of each map as a detector of the mask's locations.
+    """Area under the ROC curve (AUC) of each map as a predictor of the mask.
 
-    It is the probability that a location on the entity has more attention than a location outside it; ties count
-    half. No threshold is needed, and only the order of the values matters.
+    The AUC is the probability that a location on the entity has more attention than a location outside the entity; a
+    tie counts half. No threshold is needed, and only the order of the values matters.
 
     Parameters
     ----------
@@ -73,8 +75,8 @@ def auc(maps: Any, masks: Any) -> np.ndarray:
     Returns
     -------
     float array, (...)
-        0 to 1. A map whose values on the entity are all larger than those outside it scores 1, a constant map 0.5. NaN
-        where the mask is empty or full.
+        AUC, 0 to 1. It is 1 if every value on the entity is larger than every value outside the entity, and 0.5 for a
+        constant map. NaN where the mask is empty or full.
 
     Raises
     ------
@@ -84,12 +86,13 @@ def auc(maps: Any, masks: Any) -> np.ndarray:
     References
     ----------
     Hanley and McNeil, "The meaning and use of the area under a receiver operating characteristic (ROC) curve",
-    Radiology 143, 1982 (ranks, ties by mid-ranks).
+    Radiology 143, 1982.
 
     Examples
     --------
-    There are four pairs of a location on the entity and one outside it. In three of them the location on the entity has
-    more attention (3 > 2, 3 > 1 and 2 > 1); one is a tie (2 = 2) and counts half:
+    Two locations on the entity, with values 3 and 2, are compared with two locations outside, with values 2 and 1. The
+    entity wins three of the four comparisons (3 > 2, 3 > 1 and 2 > 1). The tie (2 = 2) counts half, so the AUC is
+    3.5 / 4:
 
     >>> float(auc([[3., 2., 2., 1.]], [[1, 1, 0, 0]]))
     0.875
@@ -118,8 +121,8 @@ def pointing_game(maps: Any, masks: Any) -> np.ndarray:
     Returns
     -------
     float array, (...)
-        1 for a hit, 0 for a miss; where several locations share the maximum, the share of them that hit. NaN where the
-        mask is empty.
+        1 for a hit, 0 for a miss. If several locations have the maximum, the share of these locations that lie on the
+        entity. NaN where the mask is empty.
 
     Raises
     ------
@@ -128,12 +131,15 @@ def pointing_game(maps: Any, masks: Any) -> np.ndarray:
 
     References
     ----------
-    Zhang et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016. Its accuracy is the mean of these
-    values over maps. The paper also counts a maximum within a margin around the mask as a hit; this function does not,
-    because attention maps are coarse.
+    Zhang et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016. The paper averages hits and misses over
+    maps. The paper also counts a maximum slightly outside the mask as a hit; this function does not, because attention
+    maps are coarse.
 
     Examples
     --------
+    The entity covers the last two locations. The first map has its maximum on the entity. The second map has two
+    maxima, one on the entity and one outside the entity:
+
     >>> float(pointing_game([[0., 5., 2.]], [[0, 1, 1]])), float(pointing_game([[5., 0., 5.]], [[0, 1, 1]]))
     (1.0, 0.5)
     """

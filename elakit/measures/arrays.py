@@ -1,7 +1,8 @@
 """Checks and resampling of attention maps and masks.
 
-Every function takes arrays, tensors, nested lists or DataArrays whose last two dimensions are (y, x); the dimensions
-before them are carried along. A DataArray is read by the names of its dimensions.
+The last two dimensions of maps and masks are (y, x), and there may be any number of leading dimensions. `as_array`,
+`as_maps`, `as_masks` and `distribution` accept arrays, tensors, nested lists and DataArrays. The dimensions of a
+DataArray are found by name and may be in any order.
 """
 
 from __future__ import annotations
@@ -48,18 +49,18 @@ def as_array(values: Any, name: str) -> np.ndarray:
     Returns
     -------
     float64 array
-        A DataArray that has the dimensions y and x is transposed to (..., y, x). If it also has one of the dimensions
-        entity, token, attribute, region and thing, this one comes directly before y.
+        The given values. A DataArray with the dimensions y and x is transposed to (..., y, x). If it also has a
+        dimension entity, token, attribute, region or thing, this dimension is moved directly before y.
 
     Raises
     ------
     SettingError
-        Some values are masked, NaN, infinite, negative or not numbers. Or a DataArray has only one of the dimensions y
-        and x, or has both and more than one of entity, token, attribute, region and thing.
+        Some values are masked, NaN, infinite, negative or not numbers. A DataArray has y but not x, or x but not y. A
+        DataArray with y and x has more than one of the dimensions entity, token, attribute, region and thing.
 
     Examples
     --------
-    One column of two rows, given as (x, y) and returned as (y, x):
+    A DataArray (x, y) with one x and two y is returned as (y, x), two rows of one column. NaN is refused:
 
     >>> as_array(xr.DataArray([[1, 2]], dims=("x", "y")), "maps").tolist()
     [[1.0], [2.0]]
@@ -97,7 +98,9 @@ def as_array(values: Any, name: str) -> np.ndarray:
 def as_maps(values: Any, name: str) -> np.ndarray:
     """Convert maps to a float64 array (..., y, x).
 
-    Parameters and errors are those of :func:`as_array`; an array without a location is refused, too.
+    `values` are the maps, as in :func:`as_array`, and `name` is their name in error messages. A SettingError is raised
+    for the values that `as_array` refuses, such as NaN, infinite or negative values. A SettingError is also raised if
+    there are fewer than two dimensions, or if y or x has the length 0.
     """
     maps = as_array(values, name)
     if maps.ndim < 2 or 0 in maps.shape[-2:]:
@@ -108,7 +111,8 @@ def as_maps(values: Any, name: str) -> np.ndarray:
 def as_masks(values: Any, name: str) -> np.ndarray:
     """Convert masks to a bool array (..., y, x).
 
-    Parameters and errors are those of :func:`as_array`; values other than 0 and 1 are refused, too.
+    `values` are the masks, as in :func:`as_array`, and `name` is their name in error messages. A SettingError is raised
+    if a value is not 0 or 1, or if there are fewer than two dimensions.
     """
     masks = as_array(values, name)
     if masks.ndim < 2 or 0 in masks.shape[-2:] or ((masks != 0) & (masks != 1)).any():
@@ -157,7 +161,7 @@ def ratio(part: Any, whole: Any, undefined: float = 0.0) -> Any:
 
 
 def distribution(maps: Any) -> np.ndarray:
-    """Maps scaled to sum to 1 over space.
+    """Scale each map so that its values sum to 1 over all locations.
 
     Parameters
     ----------
@@ -167,12 +171,12 @@ def distribution(maps: Any) -> np.ndarray:
     Returns
     -------
     float64 array, (..., y, x)
-        A map of zeros becomes uniform.
+        Scaled maps. A map of zeros becomes uniform.
 
     Raises
     ------
     SettingError
-        Values are NaN, infinite or negative, or there is no location.
+        Values are NaN, infinite or negative, or the maps have no locations.
 
     Examples
     --------
@@ -193,21 +197,22 @@ def area_mean(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     ----------
     values : array, (..., y, x)
     size : (int, int)
-        Rows and columns of boxes; they need not divide those of the values.
+        Number of rows and columns of the grid of boxes. The border of a box may cut through pixels.
 
     Returns
     -------
     float64 array, (..., rows, columns)
-        Mean of each box. A pixel that two boxes share counts in each with the area that it has there.
+        Mean of each box. A pixel that lies in several boxes counts in each box with the area inside the box.
 
     Raises
     ------
     SettingError
-        There is no pixel, or `size` is not two whole numbers of 1 or more.
+        `values` has no pixels, or `size` is not two whole numbers of at least 1.
 
     Examples
     --------
-    Three pixels averaged over two boxes of one and a half pixels each:
+    Each of two boxes covers one and a half of three pixels: a pixel with the value 0 and half of the pixel with the
+    value 6. The mean is 3 / 1.5:
 
     >>> area_mean(np.array([[0., 6., 0.]]), (1, 2)).tolist()
     [[2.0, 2.0]]
@@ -225,7 +230,7 @@ def area_mean(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize maps: bilinear interpolation along a side that grows, area-weighted mean along a side that shrinks.
+    """Resize maps: linear interpolation along a side that grows, area-weighted mean along a side that shrinks.
 
     Parameters
     ----------
@@ -240,6 +245,9 @@ def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     Examples
     --------
+    The first map shrinks to its mean, 12 / 4. The second map shrinks to two locations, each the mean of one and a
+    half locations, 3 / 1.5. In the last example, two maps grow from 3 to 6 rows and from 3 to 5 columns:
+
     >>> resize(np.array([[0.0, 4.0], [8.0, 0.0]]), (1, 1))
     array([[3.]])
     >>> resize(np.array([[0.0, 6.0, 0.0]]), (1, 2))
@@ -256,32 +264,32 @@ def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def nearest_size(sizes: Iterable[int], target: int = 16) -> int:
-    """Size, among those available, that differs from a target by the smallest factor; the smaller size on a tie.
+    """Map size that is nearest to a target by ratio; the smaller size on a tie.
 
-    The factor is size / target or target / size, whichever is larger.
-
-    The published methods read attention at 16 x 16 for images of 512 x 512 pixels, so regions and measures are computed
-    at the size nearest to 16.
+    The ratio is size / target or target / size, whichever is larger. The default target is 16, because the published
+    methods read attention at 16 x 16 for images of 512 x 512 pixels.
 
     Parameters
     ----------
     sizes : iterable of int
-        Longer sides of the available maps.
+        Sizes to choose from: the number of locations along the longer side of each available map.
     target : int
-        Desired longer side.
+        Desired size.
 
     Returns
     -------
     int
+        The nearest size.
 
     Raises
     ------
     SettingError
-        There are no sizes.
+        `sizes` is empty.
 
     Examples
     --------
-    24 is 1.5 times the target of 16. Both 8 and 32 differ from the target by the factor 2:
+    In the first example, 24 has the smallest ratio, 24 / 16 = 1.5. In the second example, both sizes have the ratio 2,
+    so the smaller size is returned:
 
     >>> nearest_size([8, 24, 64]), nearest_size([8, 32])
     (24, 8)
@@ -293,11 +301,11 @@ def nearest_size(sizes: Iterable[int], target: int = 16) -> int:
 
 
 def _named(values: xr.DataArray, name: str) -> np.ndarray:
-    """Values of a DataArray, transposed to (..., y, x) if it has the dimensions y and x, and in the given order if not.
+    """Values of a DataArray, with the dimensions y and x moved to the end.
 
-    If the DataArray has y, x and one of the dimensions in `_LISTS` (entity, token, attribute, region, thing), this one
-    is moved directly before y. A `SettingError` is raised if the DataArray has y, x and several dimensions in `_LISTS`,
-    or only one of y and x.
+    If the DataArray also has a dimension entity, token, attribute, region or thing, this dimension is moved directly
+    before y. Without y and x, the order of the dimensions does not change. A `SettingError` is raised if the DataArray
+    has y but not x, or x but not y. It is also raised if several dimensions would have to come directly before y.
     """
     spatial = [dim for dim in ("y", "x") if dim in values.dims]
     if len(spatial) == 1:
@@ -309,13 +317,16 @@ def _named(values: xr.DataArray, name: str) -> np.ndarray:
 
 
 def _shared_lengths(old: int, new: int) -> np.ndarray:
-    """Lengths that `new` equal intervals of a line share with `old` equal intervals of the same line, (new, old).
+    """Length of the overlap of each new interval with each old interval of a line, as an array (new, old).
 
-    The line has the length new * old, so all lengths are whole numbers.
+    The line is divided into `old` equal intervals, and also into `new` equal intervals. The line has the length
+    new * old, so all lengths are whole numbers.
 
     Examples
     --------
-    >>> _shared_lengths(3, 2)  # on a line of length 6: old intervals of length 2, new ones of length 3
+    The line has the length 6. The three old intervals have the length 2, and the two new intervals the length 3:
+
+    >>> _shared_lengths(3, 2)
     array([[2., 1., 0.],
            [0., 1., 2.]])
     """
@@ -325,7 +336,7 @@ def _shared_lengths(old: int, new: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _weights(old: int, new: int) -> np.ndarray:
-    """Weights that resize a line of `old` values to `new` values, (new, old); each row sums to 1.
+    """Weights that resize a line of `old` values to `new` values, as an array (new, old) whose rows sum to 1.
 
     The weights are those of an area-weighted mean if the line shrinks, and of linear interpolation otherwise.
     """

@@ -1,8 +1,13 @@
 """Leakage: the share of each map's attention in each region.
 
-The *leakage matrix* is K[e, f] = sum of p_e over R_f, where p_e is the map of entity e as a distribution over space and
-R_f the region of entity f; its last column is the background, everything outside the regions. *Bleed* is 1 - K[e, e],
-*intrusion* the sum of K[e, f] over f != e, and *spill* K[e, background]; bleed = intrusion + spill.
+The *leakage matrix* K has one row per map and one column per region. K[e, f] is the share of the attention of entity e
+that lies in the region of entity f. The last column of K is the background, everything outside the regions.
+
+- *bleed* of entity e is 1 - K[e, e], the share outside its own region.
+- *intrusion* of entity e is the sum of K[e, f] over all other entities f, the share in the other regions.
+- *spill* of entity e is K[e, background], the share in the background.
+
+Bleed is the sum of intrusion and spill.
 """
 
 from __future__ import annotations
@@ -22,15 +27,17 @@ __all__ = ["Binding", "attribute_overlap", "binding", "bleed", "intrusion", "lea
 
 
 class Binding(NamedTuple):
-    """Overlap of attributes with entities, as returned by :func:`binding`; arrays (..., attribute).
+    """Overlap of attributes with entities, as returned by :func:`binding`.
+
+    The overlap of an attribute with an entity is the similarity of their attention maps.
 
     Attributes
     ----------
-    own : ndarray
+    own : ndarray, (..., attribute)
         Overlap of each attribute with its own entity, 0 to 1.
-    other : ndarray
-        Largest overlap of each attribute with another entity, 0 to 1; 0 if there is none.
-    margin : ndarray
+    other : ndarray, (..., attribute)
+        Largest overlap of each attribute with another entity, 0 to 1; 0 if there is no other entity.
+    margin : ndarray, (..., attribute)
         Difference own - other, -1 to 1.
     """
 
@@ -47,12 +54,12 @@ def leakage(maps: Any, masks: Any) -> np.ndarray:
     maps : array, tensor or DataArray, (..., entity, y, x)
         Attention maps, on any scale; finite and not negative. The dimensions of a DataArray may be in any order.
     masks : bool array or DataArray, (..., region, y, x)
-        Disjoint regions.
+        Masks of the regions. The regions must be disjoint.
 
     Returns
     -------
     float array, (..., entity, region + 1)
-        The last column is the background (outside every region). Rows sum to 1.
+        Shares, one row per map. The last column is the background (outside every region). Rows sum to 1.
 
     Raises
     ------
@@ -61,6 +68,9 @@ def leakage(maps: Any, masks: Any) -> np.ndarray:
 
     Examples
     --------
+    The region of the cat is the first two locations, and the region of the frog is the third location. The cat's map
+    sums to 10, and the frog's map to 5:
+
     >>> cat, frog = [[6., 2., 1., 1.]], [[0., 0., 4., 1.]]
     >>> leakage([cat, frog], [[[1, 1, 0, 0]], [[0, 0, 1, 0]]])
     array([[0.8, 0.1, 0.1],
@@ -87,12 +97,13 @@ def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
     maps : array, tensor or DataArray, (..., entity, y, x)
         Attention maps, on any scale; finite and not negative.
     masks : bool array or DataArray, (..., thing, y, x)
-        Mask of each thing in the image, at any resolution. They may overlap, as those of a hybrid do.
+        Mask of each thing in the image, at any resolution. Masks may overlap, as the masks of a hybrid do.
 
     Returns
     -------
     float array, (..., entity, thing + 1)
-        The last column is the rest of the image. Rows sum to 1; the column of a thing that is absent is zero.
+        Shares, one row per map. The last column is the rest of the image. Rows sum to 1. The column of an absent thing,
+        whose mask is empty, is zero.
 
     Raises
     ------
@@ -127,15 +138,17 @@ def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
 
 
 def bleed(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
-    """Share of each map's attention outside its own region, 1 - K[e, e].
+    """Share of each map's attention outside its own region.
+
+    For entity e, the share is 1 - K[e, e], where K is the leakage matrix. K[e, e] is the share inside the own region.
 
     Parameters
     ----------
     matrix : array, (..., entity, region + 1)
-        The result of :func:`leakage`.
+        Leakage matrix, the result of :func:`leakage`: one row per map, and the background as the last column.
     own : sequence of int, optional
-        Index of the region that belongs to each row; by default row e has region e. If the rows are attributes, give
-        the index of the entity that each attribute belongs to.
+        Index of each row's own region. By default, row e has the region e. If the rows are attributes, give the index
+        of the entity that each attribute belongs to.
 
     Returns
     -------
@@ -148,6 +161,8 @@ def bleed(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
 
     Examples
     --------
+    The shares inside the own regions are 0.7 and 0.8:
+
     >>> bleed([[0.7, 0.2, 0.1], [0.0, 0.8, 0.2]]).round(6)
     array([0.3, 0.2])
     """
@@ -158,14 +173,15 @@ def bleed(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
 def intrusion(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
     """Share of each map's attention in the regions of other entities; the background does not count.
 
-    It is the sum of K[e, f] over f != e, with K the leakage matrix.
+    For entity e, the share is the sum of K[e, f] over all other entities f, where K is the leakage matrix.
 
     Parameters
     ----------
     matrix : array, (..., entity, region + 1)
-        The result of :func:`leakage`.
+        Leakage matrix, the result of :func:`leakage`: one row per map, and the background as the last column.
     own : sequence of int, optional
-        Index of the region that belongs to each row, as in :func:`bleed`.
+        Index of each row's own region. By default, row e has the region e. If the rows are attributes, give the index
+        of the entity that each attribute belongs to.
 
     Returns
     -------
@@ -174,14 +190,16 @@ def intrusion(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
     Raises
     ------
     SettingError
-        The same as for :func:`bleed`.
+        `own` does not match the matrix, or the matrix has the wrong shape or values that are NaN, infinite or negative.
 
     Examples
     --------
+    The first entity has the share 0.2 in the region of the second entity:
+
     >>> intrusion([[0.7, 0.2, 0.1], [0.0, 0.8, 0.2]])
     array([0.2, 0. ])
 
-    An attribute of the second entity:
+    An attribute that belongs to the second entity has the share 0.7 in the region of the first entity:
 
     >>> intrusion([[0.7, 0.2, 0.1]], own=[1])
     array([0.7])
@@ -192,12 +210,12 @@ def intrusion(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
 
 
 def spill(matrix: Any) -> np.ndarray:
-    """Share of each map's attention in the background, K[e, background].
+    """Share of each map's attention in the background, the last column of the leakage matrix.
 
     Parameters
     ----------
     matrix : array, (..., entity, region + 1)
-        The result of :func:`leakage`.
+        Leakage matrix, the result of :func:`leakage`: one row per map, and the background as the last column.
 
     Returns
     -------
@@ -217,7 +235,10 @@ def spill(matrix: Any) -> np.ndarray:
 
 
 def binding(attributes: Any, entities: Any, owners: Sequence[int]) -> Binding:
-    """Attribute binding: how much more an attribute overlaps with its own entity than with any other one.
+    """Attribute binding: how much more an attribute overlaps with its own entity than with any other entity.
+
+    The overlap is the Ruzicka similarity of two maps, sum min(a, b) / sum max(a, b). Before the comparison, each map is
+    scaled to sum to 1.
 
     Parameters
     ----------
@@ -231,8 +252,8 @@ def binding(attributes: Any, entities: Any, owners: Sequence[int]) -> Binding:
     Returns
     -------
     Binding
-        Overlap is the Ruzicka similarity of two maps as distributions. `margin` is negative if the attribute overlaps
-        more with another entity than with its own.
+        Overlap of each attribute with its own entity (`own`), its largest overlap with another entity (`other`), and
+        the difference own - other (`margin`). A negative `margin` means that another entity overlaps more.
 
     Raises
     ------
@@ -241,7 +262,8 @@ def binding(attributes: Any, entities: Any, owners: Sequence[int]) -> Binding:
 
     Examples
     --------
-    In "a red car and a blue bird", "red" attends to the bird:
+    In "a red car and a blue bird", "red" belongs to the car. The map of "red" has the overlap 0 with the car's map and
+    1 with the bird's map:
 
     >>> car, bird = [[4., 0., 0.]], [[0., 2., 2.]]
     >>> float(binding([[[0., 1., 1.]]], [car, bird], owners=[0]).margin[0])
@@ -256,7 +278,10 @@ def binding(attributes: Any, entities: Any, owners: Sequence[int]) -> Binding:
 
 
 def attribute_overlap(attributes: Any, entities: Any) -> np.ndarray:
-    """Overlap of every attribute with every entity: the Ruzicka similarity of their maps as distributions.
+    """Overlap of every attribute with every entity: the similarity of their attention maps.
+
+    The overlap is the Ruzicka similarity of two maps, sum min(a, b) / sum max(a, b). Before the comparison, each map is
+    scaled to sum to 1.
 
     Parameters
     ----------
@@ -268,7 +293,7 @@ def attribute_overlap(attributes: Any, entities: Any) -> np.ndarray:
     Returns
     -------
     float array, (..., attribute, entity)
-        0 to 1.
+        Overlap, from 0 (no common location) to 1 (equal maps after scaling).
 
     Raises
     ------
@@ -277,6 +302,8 @@ def attribute_overlap(attributes: Any, entities: Any) -> np.ndarray:
 
     Examples
     --------
+    The map of the attribute has no location in common with the first entity, and is half the map of the second entity:
+
     >>> attribute_overlap([[[0., 1., 1.]]], [[[4., 0., 0.]], [[0., 2., 2.]]]).tolist()
     [[0.0, 1.0]]
     """
@@ -290,7 +317,11 @@ def attribute_overlap(attributes: Any, entities: Any) -> np.ndarray:
 
 
 def _shares(p: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Mass of each distribution (..., entity, y, x) in each part (..., part, y, x) of space."""
+    """Mass of each distribution in each part of the image: an array (..., entity, part).
+
+    ``p`` has the distributions, (..., entity, y, x). ``parts``, (..., part, y, x), has the share of each location that
+    belongs to each part; for masks, the shares are 0 and 1.
+    """
     try:
         return np.einsum("...eyx,...ryx->...er", p, parts.astype(np.float64))
     except ValueError:

@@ -50,7 +50,11 @@ def otsu_masks(maps: Any) -> np.ndarray:
 
 
 def otsu_thresholds(maps: np.ndarray) -> np.ndarray:
-    """Otsu's threshold of each map, (n, y, x) -> (n, 1, 1); that of a constant map is its value."""
+    """Otsu's threshold of each map.
+
+    ``maps`` has the shape (n, y, x), and the thresholds have the shape (n, 1, 1). The threshold of a constant map is
+    the value of the map.
+    """
     thresholds = maps.max(axis=(1, 2), keepdims=True)
     for i in np.flatnonzero(~is_constant(maps)):
         low, span = maps[i].min(), np.ptp(maps[i])
@@ -60,7 +64,10 @@ def otsu_thresholds(maps: np.ndarray) -> np.ndarray:
 
 
 def is_constant(maps: np.ndarray) -> np.ndarray:
-    """Test whether all values of a map are equal, up to rounding; (n, y, x) -> bool (n, 1, 1)."""
+    """Test for each map whether all values of the map are equal, up to rounding.
+
+    ``maps`` has the shape (n, y, x), and the bool result has the shape (n, 1, 1).
+    """
     high = maps.max(axis=(1, 2), keepdims=True)
     return np.asarray(high - maps.min(axis=(1, 2), keepdims=True) <= 1e-9 * high)
 
@@ -98,7 +105,7 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def coverage(masks: Any, size: tuple[int, int]) -> np.ndarray:
-    """Share of each location's area that a mask covers, for the locations of a coarser or finer grid.
+    """Resample masks to a coarser or finer grid; each value is the share of a location that the mask covers.
 
     Parameters
     ----------
@@ -109,12 +116,12 @@ def coverage(masks: Any, size: tuple[int, int]) -> np.ndarray:
     Returns
     -------
     float array, (..., rows, columns)
-        0 to 1.
+        Covered share of each location's area, 0 to 1.
 
     Raises
     ------
     SettingError
-        Masks have values other than 0 and 1 or no pixel, or `size` is not two whole numbers of 1 or more.
+        The masks have no pixel, or have values other than 0 and 1. Or `size` is not two whole numbers, each at least 1.
 
     Examples
     --------
@@ -127,7 +134,11 @@ def coverage(masks: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def downscale(masks: Any, size: tuple[int, int]) -> np.ndarray:
-    """Resample masks to a coarser grid, keeping the locations that are covered by more than half.
+    """Resample masks to a coarser grid.
+
+    A location of the grid belongs to the new mask if the old mask covers more than half of the location's area. If
+    no location is covered that much, the new mask has one location: the one with the largest covered share. On a tie,
+    this is the first location in reading order. An empty mask stays empty.
 
     Parameters
     ----------
@@ -138,18 +149,23 @@ def downscale(masks: Any, size: tuple[int, int]) -> np.ndarray:
     Returns
     -------
     bool array, (..., rows, columns)
-        A mask that covers no location by more than half keeps the location with the largest covered share (on a tie,
-        the first in reading order), so the result is empty only if the mask is.
+        The new masks.
 
     Raises
     ------
     SettingError
-        The same as for :func:`coverage`.
+        The masks have no pixel, or have values other than 0 and 1. Or `size` is not two whole numbers, each at least 1.
 
     Examples
     --------
+    On a grid of three locations of 2x2 pixels each, the mask covers four pixels of the first location and one pixel of
+    the second. Only the first is covered by more than half:
+
     >>> downscale([[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]], (1, 3)).astype(int)
     array([[1, 0, 0]])
+
+    A mask of one pixel covers only a quarter of the second location, and no other location:
+
     >>> downscale([[0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]], (1, 3)).astype(int)
     array([[0, 1, 0]])
     """

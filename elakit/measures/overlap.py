@@ -1,8 +1,8 @@
 """Overlap and divergence of two masks or two maps.
 
-The arguments of every function are arrays or tensors (..., y, x) whose leading dimensions broadcast; the result has
-the leading dimensions. All measures are symmetric. SettingError is raised if shapes do not match, if a mask has values
-other than 0 and 1, and if values are NaN, infinite or negative.
+Every function takes two arrays or tensors (..., y, x). The dimensions before y and x are broadcast, and the result has
+these dimensions only. All measures are symmetric. Masks must have the values 0 and 1 only. Maps must be finite and
+not negative. Otherwise, and if the shapes do not match, a SettingError is raised.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def dice(a: Any, b: Any) -> np.ndarray:
 
 
 def overlap_coefficient(a: Any, b: Any) -> np.ndarray:
-    """Overlap coefficient (Szymkiewicz-Simpson) of masks, ``|a & b| / min(|a|, |b|)``, 0 to 1; 0 if one is empty.
+    """Overlap coefficient (Szymkiewicz-Simpson) of masks, ``|a & b| / min(|a|, |b|)``, 0 to 1; 0 if either is empty.
 
     Parameters
     ----------
@@ -110,8 +110,8 @@ def overlap_coefficient(a: Any, b: Any) -> np.ndarray:
 def ruzicka(a: Any, b: Any) -> np.ndarray:
     """Ruzicka similarity of maps, sum min(a, b) / sum max(a, b), 0 to 1; 0 if both are zero.
 
-    The result depends on the scale of the maps. To compare only their spatial distribution, pass the
-    :func:`~elakit.measures.arrays.distribution` of each.
+    The result depends on the scale of the maps. To compare only their spatial distribution, first scale each map to
+    sum 1 with :func:`~elakit.measures.arrays.distribution`.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def ruzicka(a: Any, b: Any) -> np.ndarray:
 def astar_overlap(a: Any, b: Any) -> np.ndarray:
     """Overlap of maps in A-STAR's segregation loss, sum min(a, b) / sum (a + b), 0 to .5; 0 if both are zero.
 
-    It is half the soft Dice coefficient. The result depends on the scale of the maps, as in :func:`ruzicka`.
+    This overlap is half the soft Dice coefficient. The result depends on the scale of the maps.
 
     Parameters
     ----------
@@ -171,7 +171,8 @@ def astar_overlap(a: Any, b: Any) -> np.ndarray:
 def symmetric_kl(a: Any, b: Any) -> np.ndarray:
     """Symmetric Kullback-Leibler divergence of maps as distributions, (KL(p||q) + KL(q||p)) / 2 in nats.
 
-    Probabilities below 1e-12 are set to 1e-12.
+    The distributions p and q are the maps, each scaled to sum 1; a map of zeros counts as uniform. Probabilities below
+    1e-12 are set to 1e-12.
 
     Parameters
     ----------
@@ -201,6 +202,8 @@ def symmetric_kl(a: Any, b: Any) -> np.ndarray:
 def jensen_shannon(a: Any, b: Any) -> np.ndarray:
     """Jensen-Shannon divergence of maps as distributions, 0 to ln 2 nats.
 
+    The distributions are the maps, each scaled to sum 1; a map of zeros counts as uniform.
+
     Parameters
     ----------
     a, b : array or tensor, (..., y, x)
@@ -229,6 +232,8 @@ def jensen_shannon(a: Any, b: Any) -> np.ndarray:
 def hellinger(a: Any, b: Any) -> np.ndarray:
     """Hellinger distance of maps as distributions, 0 to 1.
 
+    The distributions are the maps, each scaled to sum 1; a map of zeros counts as uniform.
+
     Parameters
     ----------
     a, b : array or tensor, (..., y, x)
@@ -253,14 +258,17 @@ def hellinger(a: Any, b: Any) -> np.ndarray:
 
 
 def _areas(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Areas of the intersection and of both masks."""
+    """Three areas: the intersection of masks ``a`` and ``b``, the mask ``a``, and the mask ``b``."""
     a, b = broadcast(as_masks(a, "a"), as_masks(b, "b"))
     both, size_a, size_b = ((m).sum(axis=(-2, -1)) for m in (a & b, a, b))
     return both, size_a, size_b
 
 
 def _scaled_pair(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both maps of each pair divided by the larger of their maxima, so that subnormal values do not underflow."""
+    """Maps ``a`` and ``b``, each pair divided by the pair's largest value.
+
+    This scaling keeps subnormal values from underflowing. A pair of zero maps is not scaled.
+    """
     a, b = broadcast(as_maps(a, "a"), as_maps(b, "b"))
     top = np.maximum(a.max(axis=(-2, -1), keepdims=True), b.max(axis=(-2, -1), keepdims=True))
     top = np.where(top > 0, top, 1.0)

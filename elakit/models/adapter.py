@@ -1,4 +1,8 @@
-"""Contract of the model adapters: layers, denoiser calls and text sequences (docs/developing/adding-a-family.md)."""
+"""Contract of the model adapters.
+
+An adapter describes one family of models: the attention layers, the denoiser calls and the text sequences. The page
+docs/developing/adding-a-family.md describes how to write an adapter.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,11 @@ WITHOUT_SELF = (
 
 
 def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
-    """Argument of a call that is given by position or by name; None if it is not given.
+    """Value of one argument of a call.
+
+    ``args`` and ``kwargs`` are the positional and keyword arguments of the call. The value is taken from ``args`` at
+    ``position`` or, if ``args`` is shorter, from ``kwargs`` by ``name``. The value is None if the call does not
+    give the argument.
 
     Examples
     --------
@@ -39,10 +47,10 @@ def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name
 
 
 def running(pipe: Pipeline) -> Mapping[str, Any]:
-    """Local variables of a pipeline's ``__call__`` from which this function is called; empty outside such a call.
+    """Local variables of a pipeline's ``__call__`` while it runs; empty at any other time.
 
-    Some facts are found nowhere else, such as whether PixArt uses classifier-free guidance, and which pass of FLUX
-    belongs to the negative prompt. The variables are read, never changed.
+    The variables are read from the call stack and never changed. Some facts are found only there: whether PixArt uses
+    classifier-free guidance, and which denoiser call of FLUX is for the negative prompt.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -53,10 +61,10 @@ def running(pipe: Pipeline) -> Mapping[str, Any]:
 
 
 def is_a(value: Any, *names: str) -> bool:
-    """True if the class of an object, or one of its bases, has one of the names.
+    """True if an object's class or any base class has one of the given names.
 
-    Families are distinguished by the names of diffusers' classes, so that no model class has to be imported, and a
-    class that an older release of diffusers lacks causes no error.
+    With names, families of models are distinguished without an import of diffusers' model classes. A class that is
+    missing from an older release of diffusers causes no error.
 
     Examples
     --------
@@ -93,7 +101,10 @@ def decoded(pipe: SupportedPipeline, latents: torch.Tensor) -> list[Image.Image]
 
 @torch.no_grad()
 def encoded(pipe: SupportedPipeline, image: Image.Image) -> torch.Tensor:
-    """Latents of an image, (1, c, h, w); `decoded` returns the image, up to the autoencoder's error."""
+    """Encode an image as latents, (1, c, h, w).
+
+    `decoded` turns the latents into the same image again, up to the error of the autoencoder.
+    """
     vae, config = pipe.vae, pipe.vae.config
     pixels = pipe.image_processor.preprocess(image.convert("RGB"))
     precision = vae.dtype
@@ -126,9 +137,9 @@ def call_default(pipe: Pipeline, name: str) -> Any:
 
 
 def decoder_side(places: Iterable[str]) -> str:
-    """Pattern for `select_layers` that selects the decoder of a model, given its `AttentionLayer.place` values.
+    """Pattern for `select_layers`: "up", the decoder of a U-Net, or "all", every layer of a transformer.
 
-    It is "up" for a U-Net and "all" for a transformer, which has no decoder.
+    ``places`` has the `AttentionLayer.place` of each layer of the model. A transformer has no decoder.
 
     Examples
     --------
@@ -141,18 +152,21 @@ def decoder_side(places: Iterable[str]) -> str:
 
 
 def stacked_rows(pipe: Pipeline, batch: int, guided: bool) -> slice:
-    """Conditional rows of a batch that diffusers stacks as ``[unconditional..., conditional..., perturbed...]``.
+    """Slice of the conditional rows, those that see the prompt, in a batch that diffusers stacks from several parts.
 
-    The perturbed part exists with perturbed-attention guidance only, the unconditional part only if ``guided`` is True.
-    All parts have the same number of rows.
+    The order of the parts is ``[unconditional..., conditional..., perturbed...]``. All parts have the same number of
+    rows. The unconditional part exists only if ``guided`` is True. The perturbed part exists only if the pipeline uses
+    perturbed-attention guidance. ``batch`` is the number of rows of all parts together.
 
     Raises
     ------
     ModelError
-        Raised when the batch cannot be divided into those parts.
+        Raised when ``batch`` is not a multiple of the number of parts.
 
     Examples
     --------
+    Three unconditional rows are followed by three conditional rows:
+
     >>> stacked_rows(None, 6, guided=True)
     slice(3, 6, None)
     """
@@ -169,10 +183,10 @@ def stacked_rows(pipe: Pipeline, batch: int, guided: bool) -> slice:
 
 
 def scheduler_timestep(pipe: SupportedPipeline, wanted: float) -> float:
-    """Timestep of the scheduler that is nearest to ``wanted``.
+    """Find the scheduler's timestep that is nearest to ``wanted``.
 
-    ``wanted`` is a timestep of the scheduler after rounding to the model's precision. It is returned unchanged if the
-    scheduler has no timesteps yet.
+    ``wanted`` is a timestep that was rounded to the model's precision, so it can differ from all timesteps of the
+    scheduler. If the scheduler has no timesteps yet, ``wanted`` is returned unchanged.
 
     Examples
     --------
@@ -187,16 +201,16 @@ def scheduler_timestep(pipe: SupportedPipeline, wanted: float) -> float:
 
 
 class Remediable(str):
-    """Text of the reason why a pipeline is refused, which states how to turn the pipeline into a supported one.
+    """Reason why a pipeline is refused, with advice on how to turn the pipeline into a supported one.
 
-    The `ModelError` for the pipeline shows this reason and no other.
+    If there is such a reason, the `ModelError` for the pipeline shows this reason alone.
     """
 
 
 class OtherKind(str):
-    """Text of the reason why a family refuses a pipeline of another kind, such as "it has no U-Net".
+    """Reason why a family refuses a pipeline of an entirely different kind, such as "it has no U-Net".
 
-    The `ModelError` for the pipeline shows such reasons only if no family has a reason that is not an `OtherKind`.
+    The `ModelError` for the pipeline shows such reasons only if the reasons of all families are of this class.
     """
 
 
@@ -211,10 +225,10 @@ def modular(pipe: Pipeline) -> str | None:
 
 
 def compiled(module: Any, path: str) -> str | None:
-    """Reason why a denoiser under torch.compile is refused; None if it is not compiled.
+    """Reason why a denoiser compiled with torch.compile is refused; None if the denoiser is not compiled.
 
-    Hooks would split the compiled graph or not run at all, and the image would not be that of the compiled run.
-    ``path`` is the expression for the denoiser in the message, such as ``"pipe.unet"``.
+    In a compiled denoiser, hooks would split the graph or not run at all, and the image would change. ``path`` is the
+    Python expression with which the message names the denoiser, such as ``"pipe.unet"``.
     """
     name = path.rpartition(".")[2]
     if hasattr(module, "_orig_mod"):
@@ -245,14 +259,19 @@ def _is_compiled(part: nn.Module) -> bool:
 
 
 def image_grid(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    """(height, width) of ``hidden_states``, a tensor (B, C, height, width), in the arguments of a U-Net block."""
+    """Height and width of the input of a U-Net block, the tensor ``hidden_states`` (B, C, height, width).
+
+    ``args`` and ``kwargs`` are the arguments with which the block is called.
+    """
     image = argument(args, kwargs, 0, "hidden_states")
     return image.shape[-2], image.shape[-1]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Positions of image and text in an attention call, for layers that are read at this call.
+    """Positions of image and text in one attention call.
+
+    A layer needs a layout if its attention is read at the attention call, and not by hooks on its projections.
 
     Attributes
     ----------
@@ -285,35 +304,38 @@ class AttentionLayer:
         Path of the attention module in the denoiser, such as
         ``"up_blocks.1.attentions.0.transformer_blocks.0.attn2"``.
     place : {"down", "mid", "up"} or {"double", "single"} or {"block"}
-        Part of a U-Net that contains the layer; kind of block (double- or single-stream) in joint attention; "block"
-        in a transformer with cross-attention.
+        Part of the denoiser that contains the layer. In a U-Net: "down", "mid" or "up". In a transformer with joint
+        attention: "double" (double-stream block) or "single" (single-stream block). In a transformer with
+        cross-attention: "block".
     heads : int
         Number of attention heads.
     module : torch.nn.Module
         Attention module, whose query and key projections are read.
     block : torch.nn.Module
-        Module that contains the attention module, and whose arguments give the size of the layer's maps: in a U-Net the
-        block whose input is the image, (B, C, h, w); in a transformer the whole denoiser.
+        Module whose arguments give the size of the layer's maps. In a U-Net, this is the block that contains the layer
+        and receives ``hidden_states``, (B, C, h, w). In a transformer, this is the whole denoiser.
     factor : int
         Side of the latent divided by the side of this layer's maps.
     kind : {"cross", "joint", "single"}
-        "cross": the keys are the text alone. "joint": the keys are image and text, each with projections of its own.
-        "single": the keys are image and text as one sequence, with projections in common.
+        Keys of the layer. "cross": the text alone. "joint": image and text, which have separate projections. "single":
+        image and text as one sequence, with common projections.
     text_first : bool
-        With "joint" and "single", whether the text precedes the image in the sequence of keys.
+        True if the text precedes the image in the sequence of keys. This has a meaning only if ``kind`` is "joint" or
+        "single".
     takes_mask : bool
-        Whether the attention processor applies an ``attention_mask``. `elakit.attention.edit` adds a bias to the
-        attention scores: if True, by passing the bias as this mask; if False, at the attention call.
+        True if the attention processor applies an ``attention_mask``. `elakit.attention.edit` then passes the bias of
+        the attention scores as this mask. If False, `edit` adds the bias at the attention call.
     reads : {"text", "image"}
         Keys whose attention is read: the text, or the image's own locations (self-attention).
     grid : callable
-        Function that is called with the arguments of ``block``, ``grid(args, kwargs)``, and returns the size (h, w) of
-        the layer's maps.
+        Function that returns the size (h, w) of the layer's maps. It is called as ``grid(args, kwargs)`` with the
+        arguments of ``block``.
     layout : callable, optional
-        Function that is called with the arguments of ``block``, ``layout(args, kwargs)``, and returns a `Layout`. A
-        layer with a ``layout`` is read and biased where it calls `torch.nn.functional.scaled_dot_product_attention`,
-        not by hooks on its projections. Layers that do more between projection and softmax than the hooks can read
-        need a ``layout``. A ``layout`` requires ``takes_mask=False``.
+        Function that returns a `Layout`. It is called as ``layout(args, kwargs)`` with the arguments of ``block``. A
+        layer with this function is read and edited where it calls `torch.nn.functional.scaled_dot_product_attention`.
+        A layer without this function is read by hooks on its projections. The hooks miss some operations between
+        projection and softmax; a layer with such operations needs a ``layout``. With a ``layout``, ``takes_mask`` must
+        be False.
     """
 
     name: str
@@ -332,7 +354,7 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the denoiser, read from its arguments before it runs.
+    """Properties of one denoiser call, read from the arguments of the call before the denoiser runs.
 
     Attributes
     ----------
@@ -341,12 +363,13 @@ class Call:
     timestep : float
         The scheduler's timestep, which may differ from the number that the model receives.
     latent : tuple of int
-        (h, w) of the latent before it is divided into patches. The maps of a layer have 1/``factor`` of these sides.
+        (h, w) of the latent before it is divided into patches. The sides of a layer's maps are these sides divided
+        by the layer's ``factor``.
     conditional : bool
-        False for a pass of the pipeline that does not see the prompt (FLUX's negative prompt), or that sees it through
-        a reduced network (skip-layer guidance of Stable Diffusion 3). Such a call is neither recorded nor counted.
+        False if the call is neither recorded nor counted. This holds for a call without the prompt (FLUX's negative
+        prompt), and for a call of a reduced network (skip-layer guidance of Stable Diffusion 3).
     frames : int
-        In a video, the number of frames for which a layer has maps. It is 0 for images (`Layout.frames` is then 1).
+        Number of frames for which a layer has maps, if the model generates videos; 0 for images.
     """
 
     batch: int
@@ -393,14 +416,16 @@ class Conditioning:
         return {name: repeated(value) for name, value in self.call.items()}
 
     def rows(self, count: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of the denoiser for a batch of ``count`` rows, with floating-point tensors converted to ``dtype``.
+        """Arguments of the denoiser for a batch of ``count`` rows.
 
-        The arguments in `shared` are neither repeated nor converted.
+        The tensors in `inputs` are repeated for each row. Floating-point tensors among them are converted to ``dtype``.
+        The arguments in `shared` are added unchanged.
 
         Examples
         --------
-        >>> Conditioning({}, {"states": torch.ones(1, 2), "more": {"ids": torch.ones(1, 3)}}).rows(4, torch.float64)
-        {'states': tensor([[1., 1.],...dtype=torch.float64), 'more': {'ids': tensor(...)}}
+        >>> rows = Conditioning({}, {"states": torch.ones(1, 2)}, {"ids": torch.zeros(3)}).rows(4, torch.float64)
+        >>> rows["states"].shape, rows["states"].dtype, rows["ids"].shape
+        (torch.Size([4, 2]), torch.float64, torch.Size([3]))
         """
 
         def spread(value: Any) -> Any:
@@ -417,14 +442,16 @@ class Conditioning:
 
 
 class Adapter(Protocol):
-    """Description of a family of models: its layers, its text, and how it is run. Each family has a file of its own.
+    """Protocol of the adapters. An adapter reads and runs a pipeline of one family of models.
+
+    Each family has an adapter class in a file of its own.
 
     Attributes
     ----------
     family : str
         Name of the family in error messages.
     scale_argument : str
-        Name of the guidance scale in the pipeline's call.
+        Name of the argument of the pipeline's call that sets the guidance scale.
     pipe : diffusers.DiffusionPipeline
         The pipeline that the adapter reads and runs.
     denoiser : torch.nn.Module
@@ -436,23 +463,27 @@ class Adapter(Protocol):
     denoiser: nn.Module
 
     def __init__(self, pipe: Pipeline) -> None:
-        """Adapt a pipeline; raise a `ModelError` if `refusal` returns a reason."""
+        """Create the adapter of a pipeline; raise a `ModelError` if `refusal` returns a reason."""
 
     @property
     def pipe(self) -> SupportedPipeline:
-        """The pipeline.
+        """The pipeline that the adapter reads and runs.
 
-        An adapter that uses members of its pipeline that `SupportedPipeline` lacks annotates this property with a
-        subclass of `SupportedPipeline` that has these members.
+        The type `SupportedPipeline` declares the members that pipelines of all families have. If an adapter uses
+        further members, it annotates this property with a subclass of `SupportedPipeline` that declares them.
         """
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
-        """Reason why a pipeline is not of this family; None if it is."""
+        """Reason why this family does not support a pipeline; None if the pipeline is supported."""
 
     @classmethod
     def refusal_of_index(cls, index: Mapping[str, Any]) -> str | None:
-        """Same as `refusal`, from a ``model_index.json``, which is read before any weight is downloaded."""
+        """Reason why this family does not support a model; None if the model is supported.
+
+        ``index`` is the content of the model's ``model_index.json``. This file alone decides, so that a model can be
+        refused before its weights are downloaded.
+        """
 
     @property
     def image_optional(self) -> bool:
@@ -462,22 +493,25 @@ class Adapter(Protocol):
     def encodes(self) -> bool:
         """True if the adapter can encode prompts.
 
-        Otherwise calls of the pipeline can be recorded (`elakit.record`) and edited (`elakit.attention.edit`), but
-        everything that needs `encode` is refused: `elakit.generate`, guidance, `elakit.attention.record_image` and
-        `elakit.attention.map_concepts`.
+        If False, a call of the pipeline can still be recorded (`elakit.record`) and edited (`elakit.attention.edit`).
+        Everything that needs `encode` is then refused: `elakit.generate`, guidance, `elakit.attention.record_image`
+        and `elakit.attention.map_concepts`.
         """
 
     def is_current(self) -> bool:
-        """True if the pipeline has not changed since it was adapted: same denoiser, not compiled."""
+        """True if the pipeline still has the denoiser of this adapter, and that denoiser is not compiled."""
 
     def layers(self) -> tuple[AttentionLayer, ...]:
         """Layers in which the image attends to the text, in forward order."""
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call of the denoiser, from its arguments."""
+        """Batch size, timestep and latent size of a denoiser call, found from the arguments of the call."""
 
     def conditional_rows(self, batch: int) -> slice:
-        """Rows of a batch of the denoiser that see the prompt; they may differ between the calls of one run."""
+        """Slice of the rows that see the prompt, in a denoiser call with ``batch`` rows.
+
+        The slice may differ between the calls of one run.
+        """
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the latent, before it is divided into patches, for an image of a given size in pixels."""
@@ -489,7 +523,7 @@ class Adapter(Protocol):
         """Number of text positions that the denoiser sees, including start-of-text, end-of-text and padding."""
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Token sequences that the denoiser sees, in their order, with the first position of each."""
+        """Token sequences that the denoiser sees, in the order in which it sees them."""
 
     def encode(
         self,
@@ -501,10 +535,11 @@ class Adapter(Protocol):
     ) -> Conditioning:
         """Encode a prompt as the pipeline does.
 
-        ``text`` is the prompt, and ``negative`` the negative prompt. ``guided`` states whether the result contains the
-        negative prompt, for classifier-free guidance. FLUX.1, distilled FLUX.2 models and Z-Image ignore ``guided``.
-        ``size`` is the (height, width) of the image in pixels, by default the model's. ``guidance_scale``, by default
-        that of the pipeline's call, matters only to models that receive it as an input, and to Z-Image.
+        ``text`` is the prompt, and ``negative`` the negative prompt. ``guided`` is True if classifier-free guidance is
+        used; only then does the result contain the negative prompt. FLUX.1, distilled FLUX.2 models and Z-Image ignore
+        ``guided``. ``size`` is the (height, width) of the image in pixels; None stands for the result of
+        `default_size`. ``guidance_scale`` is used only by Z-Image and by models that receive the scale as an input;
+        None stands for the default of the pipeline's call.
         """
 
     def denoise(
@@ -539,19 +574,19 @@ class Adapter(Protocol):
         """
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from latents in the pipeline's format, which may be those of an unfinished run.
+        """Images decoded from latents in the pipeline's format.
 
-        ``height`` and ``width`` are those of the images in pixels.
+        The latents may come from any step of a run. ``height`` and ``width`` are those of the images in pixels.
         """
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Encode an image as latents in the form of `noise`, with batch size 1.
+        """Encode one image as latents, in the form in which `noise` returns the initial noise.
 
-        From these latents, `decode` returns the image up to the autoencoder's error.
+        `decode` turns the latents into the same image again, up to the error of the autoencoder.
         """
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments that make the pipeline's call replace the latents by ``move(step, latents)`` after each step.
 
-        ``step`` is the index, among the scheduler's timesteps, of the step that has ended.
+        ``step`` is the index of the completed step, counted from 0 along the scheduler's timesteps.
         """

@@ -54,7 +54,10 @@ class AuraFlow(TransformerAdapter):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, the scheduler's timestep (1000 times that of the call) and latent size of a call."""
+        """Batch size, timestep and latent size of a denoiser call.
+
+        The timestep is the scheduler's. The model receives a thousandth of it.
+        """
         call = super().read_call(args, kwargs)
         return replace(call, timestep=scheduler_timestep(self.pipe, 1000 * call.timestep))
 
@@ -64,7 +67,10 @@ class AuraFlow(TransformerAdapter):
         return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer, offset=registers, length=self._t5_length()),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states, and the masks of their padding, which the pipeline's call requires."""
+        """Encode a prompt; the result contains the text states and their padding masks.
+
+        The pipeline's call requires the masks.
+        """
         embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
             prompt.text, prompt.negative, prompt.guided, device=self.pipe._execution_device
         )
@@ -74,7 +80,10 @@ class AuraFlow(TransformerAdapter):
         return Conditioning(call, {"encoder_hidden_states": embeds})
 
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
-        """A thousandth of the scheduler's timestep, in the model's precision."""
+        """Number that the model receives as its timestep: a thousandth of the scheduler's ``timestep``.
+
+        The result has one value for each row of ``latents``, and the precision of ``latents``.
+        """
         return (super()._given(timestep, latents) / 1000).to(latents.dtype)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:

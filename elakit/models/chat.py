@@ -1,4 +1,4 @@
-"""Token sequences of text encoders that are language models and read the prompt inside a chat template."""
+"""Token sequences of prompts inside a chat template, for text encoders that are language models."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def chat_sequence(
     render : callable
         Function, ``render(prompt)``, that returns the text to tokenize: the template with the prompt in it.
     length : int
-        Largest number of positions that the denoiser sees. The ``dropped`` tokens do not count; padding does, if
-        ``padded`` is True.
+        Largest number of positions that the denoiser sees. Padding counts if ``padded`` is True. The ``dropped``
+        tokens never count.
     dropped : int
         Number of leading tokens whose states the pipeline discards.
     specials : bool
-        Whether the tokenizer adds special tokens to the text.
+        True if the tokenizer adds special tokens to the text.
     padded : bool
-        Whether the text is padded to ``length`` positions and the denoiser sees the padding. If True, the padding is on
-        the side on which the tokenizer pads.
+        True if the text is padded to ``length`` positions, and the denoiser sees the padding. The tokenizer decides on
+        which side it pads.
 
     Returns
     -------

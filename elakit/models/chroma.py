@@ -14,7 +14,7 @@ from elakit.tokens import TextSequence
 class ChromaPipeline(PackedPipeline, Protocol):
     """Typing protocol of a Chroma pipeline.
 
-    It adds to `PackedPipeline` the other members that the adapter `Chroma` uses.
+    The protocol has all members of `PackedPipeline`, and further members that the adapter `Chroma` uses.
     """
 
     def _prepare_latent_image_ids(self, *args: Any) -> Any: ...
@@ -25,10 +25,10 @@ class ChromaPipeline(PackedPipeline, Protocol):
 class Chroma(Flux):
     """Adapter of Chroma pipelines.
 
-    The attention mask has the value 0 for each padding token of the text except the first one, and 1 for all other
-    positions of text and image. The model uses the mask in an unusual way: to each attention score, it adds the product
-    of the mask's values at query and key, so that padding is attended to less, but not excluded. Layers are read at
-    the attention call, which receives these products.
+    The attention mask is 0 at every padding token but the first, and 1 at all other positions of text and image. The
+    model uses the mask in an unusual way. Each attention score is increased by the product of two mask values: that of
+    the query and that of the key. Padding therefore receives less attention, but is not excluded. Layers are read at
+    the attention call, which receives these products as its mask.
 
     With classifier-free guidance, the pipeline makes a second denoiser call for the negative prompt. That call is not
     recorded.
@@ -47,7 +47,7 @@ class Chroma(Flux):
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
-        """Reason why a pipeline is not of this family; None if it is."""
+        """Reason why this family does not support a pipeline; None if the pipeline is supported."""
         if reason := super(Flux, cls).refusal(pipe):
             return reason
         return "it has no T5 tokenizer" if getattr(pipe, "tokenizer", None) is None else None
@@ -61,7 +61,7 @@ class Chroma(Flux):
         return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer, offset=0, length=self._t5_length()),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states with the mask of their padding, and positions of text and image."""
+        """Encode a prompt; the result contains the text states, their padding mask, and positions of text and image."""
         device = self.pipe._execution_device
         embeds, text_ids, mask, negative_embeds, _, negative_mask = self.pipe.encode_prompt(
             prompt.text,

@@ -11,7 +11,9 @@ from elakit.tokens import TextSequence
 
 
 class CogVideoX(VideoAdapter):
-    """Adapter of CogVideoX text-to-video pipelines. The text comes first in the sequence.
+    """Adapter of CogVideoX text-to-video pipelines.
+
+    Text and video form one sequence, in which the text comes first.
 
     Parameters
     ----------

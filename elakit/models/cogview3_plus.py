@@ -16,8 +16,8 @@ from elakit.tokens import TextSequence
 class CogView3Plus(TransformerAdapter):
     """Adapter of CogView3-Plus pipelines.
 
-    The text comes first in the sequence, including its padding, to which the image attends as well. Without a negative
-    prompt, the text states of the unconditional pass are zeros.
+    Text and image form one sequence, in which the text comes first. The image attends to the text and to the padding of
+    the text. Without a negative prompt, the text states of the unconditional pass are zeros.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class CogView3Plus(TransformerAdapter):
         return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer, offset=0, length=self._t5_length()),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states and the size of the image."""
+        """Encode a prompt; the result contains the text states and the size of the image."""
         embeds, _ = self.pipe.encode_prompt(
             prompt.text, None, False, device=self.pipe._execution_device, max_sequence_length=self._t5_length()
         )

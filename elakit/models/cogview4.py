@@ -18,9 +18,9 @@ from elakit.tokens import TextSequence
 class CogView4(SeparateNegative, Float32Latents):
     """Adapter of CogView4 pipelines.
 
-    The text comes first in the sequence. The pipeline pads it on the left to a multiple of 16 tokens, and the image
-    attends to the padding as well. With classifier-free guidance, the pipeline makes a second denoiser call for the
-    negative prompt. That call is not recorded.
+    Text and image form one sequence, in which the text comes first. The pipeline pads the text on the left, to a
+    multiple of 16 tokens. The image attends to the text and to the padding. With classifier-free guidance, the pipeline
+    makes a second denoiser call for the negative prompt. That call is not recorded.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class CogView4(SeparateNegative, Float32Latents):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call of the transformer, and whether it sees the prompt."""
+        """Batch size, timestep and latent size of a denoiser call, and whether the call sees the prompt."""
         negative = self._is_negative(argument(args, kwargs, 1, "encoder_hidden_states"))
         return replace(super().read_call(args, kwargs), conditional=not negative)
 
@@ -62,7 +62,7 @@ class CogView4(SeparateNegative, Float32Latents):
         )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states and the size of the image."""
+        """Encode a prompt; the result contains the text states and the size of the image."""
         embeds, negative_embeds = self.pipe.encode_prompt(
             prompt.text, prompt.negative, prompt.guided, device=self.pipe._execution_device
         )

@@ -1,4 +1,4 @@
-"""Choice of the adapter of a pipeline: the family it belongs to, or the reasons why it belongs to none."""
+"""Choice of the adapter for a pipeline, and the error for a pipeline that belongs to no supported family."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _KEPT = "_elakit_adapter"  # where a pipeline keeps its adapter: they are freed 
 def adapter_for(pipe: Pipeline) -> Adapter:
     """Adapter that reads and runs a pipeline.
 
-    Calls with the same pipeline return the same object, until its denoiser is replaced.
+    Calls with the same pipeline return the same adapter, until the pipeline's denoiser is replaced.
 
     Parameters
     ----------
@@ -95,9 +95,9 @@ def adapter_for(pipe: Pipeline) -> Adapter:
 
 
 def refuse_index(what: str, index: Mapping[str, Any]) -> None:
-    """Raise a `ModelError` if no family fits ``index``, the content of a ``model_index.json``.
+    """Raise a `ModelError` if no family supports a model, according to the model's ``model_index.json``.
 
-    ``what`` names the model in the message.
+    ``index`` is the content of this file. ``what`` names the model in the message.
     """
     reasons = [family.refusal_of_index(index) for family in FAMILIES]
     if None not in reasons:
@@ -107,10 +107,10 @@ def refuse_index(what: str, index: Mapping[str, Any]) -> None:
 def unsupported(what: str, reasons: Sequence[str]) -> ModelError:
     """Error for a pipeline of no supported family.
 
-    ``what`` names the pipeline in the message, and ``reasons`` has the reason of each family to refuse the pipeline. If
-    a reason is a `Remediable`, which states how to make the pipeline a supported one, the message has this reason
-    alone. Otherwise the message has all reasons that are not an `OtherKind` (a pipeline of another kind); if there are
-    none, it has all reasons. The supported families follow.
+    ``what`` names the pipeline in the message. ``reasons`` has one reason per family: why the family refuses the
+    pipeline. If one of the reasons is a `Remediable`, which states how to turn the pipeline into a supported one, the
+    message shows this reason alone. Otherwise the message shows several reasons, followed by the supported families.
+    Reasons of the class `OtherKind`, such as "it has no U-Net", are shown only if there are no other reasons.
     """
     if remedy := next((reason for reason in reasons if isinstance(reason, Remediable)), None):
         return ModelError(f"{what} is not supported as it is: {remedy}.")

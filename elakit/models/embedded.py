@@ -28,7 +28,7 @@ class EmbeddedModel:
     guidance_scale : float
         Default classifier-free guidance scale.
     size : int
-        Default height and width of the image, which are equal, in pixels.
+        Default height and default width in pixels; the image is square.
     """
 
     name: str
@@ -76,7 +76,9 @@ class GenerationSettings:
 
 
 def default_settings(pipe: Pipeline) -> GenerationSettings:
-    """Default settings of a built-in model; for any other pipeline, the defaults of its ``__call__``.
+    """Default number of steps and default guidance scale of a pipeline.
+
+    A built-in model has defaults of its own. For any other pipeline, the defaults of its ``__call__`` are returned.
 
     Parameters
     ----------
@@ -85,7 +87,7 @@ def default_settings(pipe: Pipeline) -> GenerationSettings:
     Returns
     -------
     GenerationSettings
-        Its ``guidance_scale`` is 1 if the call has no default for it.
+        The ``guidance_scale`` is 1 if the pipeline's call has no default guidance scale.
 
     Raises
     ------
@@ -116,7 +118,7 @@ def default_settings(pipe: Pipeline) -> GenerationSettings:
 
 
 def name_of(pipe: Pipeline) -> str:
-    """Name under which `load` finds a pipeline again: a built-in model, a hub id or a folder.
+    """Name with which `load` can load a pipeline again.
 
     Parameters
     ----------
@@ -125,7 +127,8 @@ def name_of(pipe: Pipeline) -> str:
     Returns
     -------
     str
-        Name of the model, or the name of the pipeline's class if it was loaded from none of these.
+        Hub id, folder, or name of the built-in model from which the pipeline was loaded. If the pipeline was not
+        loaded, the name of its class.
 
     Examples
     --------
@@ -139,7 +142,9 @@ def name_of(pipe: Pipeline) -> str:
 
 
 def loaded_with(pipe: Pipeline) -> dict[str, str | None]:
-    """Arguments of `load`, other than the name, that determine the weights of a pipeline: variant and LoRA weights.
+    """Arguments ``variant`` and ``lora`` that were given to `load` for a pipeline.
+
+    Together with the model's name, these arguments determine the weights of the pipeline.
 
     Parameters
     ----------
@@ -148,7 +153,7 @@ def loaded_with(pipe: Pipeline) -> dict[str, str | None]:
     Returns
     -------
     dict of str to (str or None)
-        The arguments ``variant`` and ``lora``; None if they were not given.
+        Value of each argument, by name; None if the argument was not given.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Encoding of prompts: `PromptEncoder.encode`, the same for all families, and the part that each implements."""
+"""Encoding of prompts. All families share `PromptEncoder.encode`, which calls the ``_encode`` of the family."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class PromptEncoder:
     def encodes(self) -> bool:
         """True if the adapter can encode prompts.
 
-        Otherwise calls of the pipeline can be recorded (`elakit.record`) and edited (`elakit.attention.edit`), but
-        everything that needs `encode` is refused: `elakit.generate`, guidance, `elakit.attention.record_image` and
-        `elakit.attention.map_concepts`.
+        If False, a call of the pipeline can still be recorded (`elakit.record`) and edited (`elakit.attention.edit`).
+        Everything that needs `encode` is then refused: `elakit.generate`, guidance, `elakit.attention.record_image`
+        and `elakit.attention.map_concepts`.
         """
         return type(self)._encode is not PromptEncoder._encode
 
@@ -79,10 +79,11 @@ class PromptEncoder:
             families ignore ``guided``: with FLUX.1 and distilled FLUX.2 models, the result never has these states; with
             Z-Image, it has them at every guidance scale above 0.
         size : tuple of int, optional
-            (height, width) of the image in pixels, by default the model's. Only some denoisers receive it (SDXL).
+            (height, width) of the image in pixels. Default: the result of `default_size`. Only some denoisers, such as
+            that of SDXL, receive the size.
         guidance_scale : float, optional
-            Guidance scale, by default that of the pipeline's call. Only guidance-distilled models, which receive it as
-            an input, and Z-Image use it here.
+            Guidance scale. Default: the default of the pipeline's call. Only Z-Image and models that receive the scale
+            as an input (guidance-distilled models) use this argument.
 
         Returns
         -------
@@ -106,7 +107,7 @@ class PromptEncoder:
         )
 
     def _scale(self, given: float | None) -> float:
-        """Guidance scale, by default that of the pipeline's call."""
+        """Guidance scale: ``given``, or the default of the pipeline's call if ``given`` is None."""
         return float(call_default(self.pipe, "guidance_scale") if given is None else given)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:

@@ -34,7 +34,7 @@ _CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
 class FluxPipeline(PackedPipeline, Protocol):
     """Typing protocol of a FLUX.1 pipeline.
 
-    It adds to `PackedPipeline` the other members that the adapter `Flux` uses.
+    The protocol has all members of `PackedPipeline`, and further members that the adapter `Flux` uses.
     """
 
     tokenizer_2: Any
@@ -46,16 +46,16 @@ class Flux(SeparateNegative):
     """Adapter of FLUX.1 pipelines (text-to-image, img2img, inpainting, Fill, Kontext, ControlNet).
 
     The denoiser attends to T5 tokens only, without a start-of-text token; from CLIP it receives one pooled vector.
-    Double-stream blocks project image and text separately, single-stream blocks project both as one sequence. In both,
-    image and text attend to each other in one softmax, so that the attention of a location to the text sums to less
-    than 1.
+    Double-stream blocks project image and text separately. Single-stream blocks project image and text as one sequence.
+    In both kinds of block, image and text attend to each other in one softmax. The attention of a location to the text
+    therefore sums to less than 1.
 
-    Classifier-free guidance is distilled into the model: every row of a batch sees the prompt. If the pipeline is
-    called with a negative prompt and with ``true_cfg_scale`` above 1, it makes a second denoiser call for the negative
-    prompt. That call is not recorded. `encode` refuses negative prompts.
+    Classifier-free guidance is distilled into the model: every row of a batch sees the prompt. A call of the pipeline
+    with a negative prompt and ``true_cfg_scale`` above 1 makes a second denoiser call for the negative prompt. That
+    second call is not recorded. `encode` refuses negative prompts.
 
-    In Kontext pipelines the sequence continues with the patches of the input image; they are keys like all others, and
-    the maps are those of the generated image.
+    Kontext pipelines append the patches of the input image to the sequence. These patches are keys like all others, but
+    the maps cover only the generated image.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ class Flux(SeparateNegative):
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
-        """Reason why a pipeline is not of this family; None if it is."""
+        """Reason why this family does not support a pipeline; None if the pipeline is supported."""
         if reason := super().refusal(pipe):
             return reason
         return "it has no T5 tokenizer" if getattr(pipe, "tokenizer_2", None) is None else None
@@ -158,11 +158,13 @@ class Flux(SeparateNegative):
         )
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of a denoiser call, by name: ``given``, with ``states`` as the text and one patch as the image.
+        """Arguments, by name, of a denoiser call with another text and with only one patch of the image.
 
-        `elakit.attention.map_concepts` makes this second call after the run's own. In each layer of the second call, it
-        replaces the patch's keys and values by those of the whole image, which it kept from the run's own call.
-        ``states`` and ``positions`` are those of `TransformerAdapter.text_call`.
+        ``given`` are the arguments of a denoiser call of the run. After that call, `elakit.attention.map_concepts`
+        makes the new call with the returned arguments. In each layer, `map_concepts` replaces the keys and values of
+        the patch by those that the whole image had in the run's call. ``states`` are the text states of the new call.
+        ``positions`` has the position of each state's token, counted from 0 in the text from which the state was
+        encoded.
         """
         latents = given["hidden_states"]
         given |= {
@@ -175,7 +177,7 @@ class Flux(SeparateNegative):
         return given | dict.fromkeys(given.keys() & {"attention_mask", *_CONTROL})
 
     def _text_ids(self, positions: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """Rotary positions of text tokens, which are zero."""
+        """Rotary positions of text tokens; all coordinates are zero."""
         return like.new_zeros(len(positions), like.shape[-1])
 
     @property
@@ -202,7 +204,10 @@ class Flux(SeparateNegative):
         return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer_2, offset=0, length=self._t5_length()),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states of T5, the pooled state of CLIP, positions of text and image, and the guidance scale."""
+        """Encode a prompt; the result contains the text states of T5 and the pooled state of CLIP.
+
+        The result also contains positions of text and image, and the guidance scale if the model receives it.
+        """
         if prompt.negative:
             raise SettingError(
                 f"negative_prompt={prompt.negative!r}: {self.family} is guidance-distilled and makes no pass for a "
@@ -230,7 +235,10 @@ class Flux(SeparateNegative):
         )
 
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
-        """A thousandth of the scheduler's timestep, in the model's precision."""
+        """Number that the model receives as its timestep: a thousandth of the scheduler's ``timestep``.
+
+        The result has one value for each row of ``latents``, and the precision of ``latents``.
+        """
         return super()._given(timestep, latents).to(latents.dtype) / 1000
 
     @property
@@ -259,7 +267,12 @@ class Flux(SeparateNegative):
         return packed
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from packed latents, (n, patches, 4c), which may be those of an unfinished run."""
+        """Images decoded from packed latents, (n, patches, 4c).
+
+        The latents may come from any step of a run. A patch contains 2x2 locations of the latent, which has c channels.
+        ``height`` and ``width`` are those of the
+        images in pixels.
+        """
         return super().decode(
             self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor), height, width
         )

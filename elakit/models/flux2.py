@@ -1,4 +1,4 @@
-"""FLUX.2: an MM-DiT, whose single-stream blocks have fused projections, over the states of a language model."""
+"""FLUX.2: an MM-DiT over the states of a language model; its single-stream blocks have fused projections."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from elakit.tokens import TextSequence
 class Flux2Pipeline(TransformerPipeline, Protocol):
     """Typing protocol of a FLUX.2 pipeline.
 
-    It adds to `TransformerPipeline` the other members that the adapter `Flux2` uses. Klein pipelines have no
-    ``system_message``.
+    The protocol has all members of `TransformerPipeline`, and further members that the adapter `Flux2` uses. Klein
+    pipelines have no ``system_message``.
     """
 
     default_sample_size: int
@@ -64,7 +64,7 @@ class Flux2(Flux):
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
-        """Reason why a pipeline is not of this family; None if it is."""
+        """Reason why this family does not support a pipeline; None if the pipeline is supported."""
         if reason := super(Flux, cls).refusal(pipe):
             return reason
         return "it has no tokenizer" if getattr(pipe, "tokenizer", None) is None else None
@@ -112,7 +112,10 @@ class Flux2(Flux):
         return (chat_sequence("chat", self.pipe.tokenizer, render, length=self._t5_length(), specials=self._klein),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states, positions of text and image, and, for FLUX.2 dev, the guidance scale."""
+        """Encode a prompt; the result contains the text states, and positions of text and image.
+
+        For FLUX.2 dev, the result also contains the guidance scale.
+        """
         if prompt.negative:
             raise SettingError(
                 f"negative_prompt={prompt.negative!r}: {self.family} pipelines have no negative prompt. Leave it out."
@@ -143,7 +146,10 @@ class Flux2(Flux):
         )
 
     def _text_ids(self, positions: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """Rotary positions of text tokens: the last coordinate is the position in the text."""
+        """Rotary positions of text tokens.
+
+        The last coordinate is the position of the token in the text. The other coordinates are zero.
+        """
         ids = super()._text_ids(positions, like)
         ids[:, -1] = ids.new_tensor(list(positions))
         return ids
@@ -157,15 +163,20 @@ class Flux2(Flux):
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """Output of one conditional pass; latents in the form of `noise`, (n, 4c, h, w), are packed first."""
+        """Output of the denoiser in one pass that sees the prompt.
+
+        ``latents`` may be packed, (n, patches, 4c), or in the form of `noise`, (n, 4c, h, w); the second form is packed
+        first. A patch contains 2x2 locations of the autoencoder's latent, which has c channels.
+        """
         latents = self.pipe._pack_latents(latents) if latents.ndim == 4 else latents
         return super().denoise(latents, timestep, conditioning)
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Initial noise of unit variance for an image of ``height`` x ``width`` pixels, one location per patch.
+        """Initial noise of unit variance for an image of ``height`` x ``width`` pixels.
 
-        The shape is (1, 4c, h, w) for h x w patches of 2x2 locations of a latent with c channels. The pipeline itself
-        packs it to (1, patches, 4c).
+        The shape is (1, 4c, h, w). The latent has c channels. Each patch of 2x2 locations of the latent is one location
+        of the noise, with 4c channels. There are h rows and w columns of patches. The pipeline itself packs the noise
+        to (1, patches, 4c).
         """
         rows, columns = self.latent_size(height, width)
         channels = int(self.pipe.transformer.config.in_channels)
@@ -173,7 +184,7 @@ class Flux2(Flux):
         return seeded_noise(shape, generator, self.pipe._execution_device, self._noise_dtype)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1, the scale of the initial noise."""
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         rows, columns = self.latent_size(height, width)
@@ -183,7 +194,11 @@ class Flux2(Flux):
 
     @torch.no_grad()
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Latents of an image in the form of `noise`, with one location per patch: (1, 4c, h, w)."""
+        """Encode an image as latents, (1, 4c, h, w), in the form in which `noise` returns the initial noise.
+
+        The autoencoder's latent has c channels. Each patch of 2x2 locations of the latent becomes one location with 4c
+        channels. There are h rows and w columns of patches.
+        """
         pipe, vae = self.pipe, self.pipe.vae
         pixels = pipe.image_processor.preprocess(image.convert("RGB")).to(vae.device, vae.dtype)
         latents: torch.Tensor = pipe._patchify_latents(vae.encode(pixels).latent_dist.mode())
@@ -192,10 +207,11 @@ class Flux2(Flux):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from latents, which may be those of an unfinished run.
+        """Decode latents to images of ``height`` x ``width`` pixels.
 
-        The latents are in the form of `noise`, (n, 4c, h, w), or packed, (n, patches, 4c), as the pipeline's call keeps
-        them.
+        The latents are either packed, (n, patches, 4c), or in the form that `noise` returns, (n, 4c, h, w). A patch
+        contains 2x2 locations of the autoencoder's latent, which has c channels. There are h rows and w columns of
+        patches. The latents may come from any step of a run.
         """
         pipe, vae = self.pipe, self.pipe.vae
         latents = pipe._pack_latents(latents) if latents.ndim == 4 else latents
@@ -207,7 +223,10 @@ class Flux2(Flux):
         return images
 
     def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the autoencoder's latents, (1, 4c, 1, 1), in the latents' precision."""
+        """Mean and standard deviation of the autoencoder's latents for each channel, both (1, channels, 1, 1).
+
+        Both tensors have the device and precision of ``latents``.
+        """
         norm, epsilon = self.pipe.vae.bn, self.pipe.vae.config.batch_norm_eps
         mean, variance = (each.view(1, -1, 1, 1).to(latents) for each in (norm.running_mean, norm.running_var))
         return mean, torch.sqrt(variance + epsilon)

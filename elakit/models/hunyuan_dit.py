@@ -1,4 +1,4 @@
-"""HunyuanDiT: a transformer with cross-attention to the states of BERT, followed by those of T5."""
+"""HunyuanDiT: a transformer with cross-attention to the text states of BERT and T5."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ _BERT, _T5 = 77, 256
 class HunyuanDiTPipeline(TransformerPipeline, Protocol):
     """Typing protocol of a HunyuanDiT pipeline.
 
-    It adds to `TransformerPipeline` the other members that the adapter `HunyuanDiT` uses.
+    The protocol has all members of `TransformerPipeline`, and further members that the adapter `HunyuanDiT` uses.
     """
 
     tokenizer_2: Any
 
 
 class HunyuanDiT(TransformerAdapter):
-    """Adapter of HunyuanDiT pipelines.
+    """Adapter through which elakit reads and runs HunyuanDiT pipelines.
 
-    The transformer replaces the text states of padding by learned ones. In cross-attention, it applies the rotary
-    embedding of the patches to the queries only. `elakit.generate` generates at exactly the given size, without the
-    pipeline's resolution binning.
+    The transformer replaces the text states of padding by learned states. In cross-attention, the rotary embedding of
+    the patches is applied to the queries only.
+
+    `elakit.generate` generates at exactly the given size, because it switches off the pipeline's resolution binning.
+    Resolution binning would replace the size by the nearest size of a list.
 
     Parameters
     ----------
@@ -49,18 +51,21 @@ class HunyuanDiT(TransformerAdapter):
         return Layout(self._grid(args, kwargs), 0, (0, _BERT + _T5))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call of the transformer."""
+        """Batch size, timestep and latent size of a denoiser call, found from the arguments of the call."""
         return super().read_call(args, {**kwargs, "timestep": argument(args, kwargs, 1, "timestep")})
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Two sequences: the tokens of BERT, then those of T5."""
+        """Token sequences that the denoiser sees: the tokens of BERT, then the tokens of T5."""
         return (
             TextSequence(name="bert", tokenizer=self.pipe.tokenizer, offset=0, length=_BERT),
             TextSequence(name="t5", tokenizer=self.pipe.tokenizer_2, offset=_BERT, length=_T5),
         )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states of both encoders with their masks, the size of the image and the positions of its patches."""
+        """Encode a prompt; the result contains the text states and padding masks of BERT and T5.
+
+        The result also contains the size of the image, and the rotary embedding of the patches.
+        """
         device = self.pipe._execution_device
         call: dict[str, Any] = {"use_resolution_binning": False}
         inputs: dict[str, Any] = {}
@@ -90,7 +95,10 @@ class HunyuanDiT(TransformerAdapter):
         return Conditioning(call, inputs, {"image_rotary_emb": self._positions(height, width)})
 
     def _positions(self, height: int, width: int) -> Any:
-        """Rotary embedding of the patches, as the pipeline's call computes it."""
+        """Rotary embedding of the patches of an image of ``height`` x ``width`` pixels.
+
+        The pipeline's call computes the same embedding.
+        """
         from diffusers.models.embeddings import get_2d_rotary_pos_embed
         from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 
@@ -101,5 +109,8 @@ class HunyuanDiT(TransformerAdapter):
         return get_2d_rotary_pos_embed(net.inner_dim // net.num_heads, crops, grid, device=device, output_type="pt")
 
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
-        """Timestep in the precision of the latents, one value per row."""
+        """Timestep in the form in which the model receives it: in the precision of ``latents``.
+
+        The result has one value for each row of ``latents``.
+        """
         return super()._given(timestep, latents).to(latents.dtype)

@@ -1,4 +1,4 @@
-"""Kolors: the U-Net of SDXL with cross-attention to the states of a language model."""
+"""Kolors: the U-Net of SDXL with cross-attention to the text states of a language model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from elakit.tokens import TextSequence
 
 
 class Kolors(StableDiffusionXL):
-    """Adapter of Kolors pipelines.
+    """Adapter through which elakit reads and runs Kolors pipelines.
 
-    The tokenizer of ChatGLM pads the prompt on the left. The U-Net projects the text states of ChatGLM to the channels
-    of its cross-attention; the state of the last position is the pooled text state.
+    The text encoder is the language model ChatGLM. Its tokenizer pads the prompt on the left. The U-Net projects the
+    text states to the number of channels that cross-attention takes. The text state of the last position serves as the
+    pooled text state.
 
     Parameters
     ----------
@@ -35,7 +36,7 @@ class Kolors(StableDiffusionXL):
         return int(call_default(self.pipe, "max_sequence_length"))
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence of ChatGLM tokens, preceded by padding."""
+        """Token sequence that the denoiser sees: padding, then the tokens of ChatGLM."""
         return (
             TextSequence(
                 name="chatglm", tokenizer=self.pipe.tokenizer, offset=0, length=self.text_length(), padding="left"

@@ -1,4 +1,4 @@
-"""Import of diffusers, with an error that names the cause if the environment prevents it."""
+"""Import of diffusers; if the import fails, the error names the cause."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ _BESIDE = {"peft": (0, 17)}
 
 
 def import_diffusers() -> Any:
-    """Import diffusers, including the modules that it otherwise imports at the first use of a pipeline.
+    """Import diffusers, including the modules that are otherwise imported at the first use of a pipeline.
 
     Returns
     -------
     module
+        The package ``diffusers``.
 
     Raises
     ------
     ModelError
-        Raised when diffusers cannot be imported; the message names the cause and, if known, the package to upgrade.
+        Raised when diffusers cannot be imported. The message names the cause and, if known, the package to upgrade.
 
     Examples
     --------

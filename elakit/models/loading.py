@@ -1,4 +1,7 @@
-"""Loading of pipelines: from safetensors only, without code that comes with a model; missing weights are an error."""
+"""Loading of pipelines, from safetensors files only.
+
+Code that comes with a model is never run. Missing weights are an error.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +42,13 @@ def load(
     scheduler: str | None = None,
     lora: str | Path | None = None,
 ) -> Pipeline:
-    """Load a text-to-image pipeline from safetensors; code that comes with a model is never run.
+    """Load a text-to-image pipeline from safetensors files; code that comes with a model is never run.
 
     Parameters
     ----------
     name : str or pathlib.Path
-        A built-in model (``"picture-world"``, no network), a folder that ``save_pretrained`` wrote, or a hub id
-        ``"organization/model"``.
+        Name of a built-in model, such as ``"picture-world"``, which needs no network. Otherwise a folder that
+        ``save_pretrained`` wrote, or a hub id ``"organization/model"``.
     device : str or torch.device, optional
         Device of the pipeline. Default: CUDA where it is available, otherwise the CPU.
     dtype : {"float32", "float16", "bfloat16"} or torch.dtype, optional
@@ -54,8 +57,8 @@ def load(
         Variant of the weight files, such as ``"fp16"`` for files named ``model.fp16.safetensors``. Default: files
         without a variant.
     scheduler : str, optional
-        Name of a scheduler class of diffusers, such as ``"DDIMScheduler"``, to replace the model's own scheduler, whose
-        configuration it gets. Default: the model's own.
+        Name of a scheduler class of diffusers, such as ``"DDIMScheduler"``. A scheduler of this class replaces the
+        model's own scheduler, with the same configuration. Default: the model's own scheduler.
     lora : str or pathlib.Path, optional
         LoRA weights in safetensors: a file, a folder or a hub id. Default: none.
 
@@ -67,14 +70,17 @@ def load(
     Raises
     ------
     ModelError
-        Raised when the model is unknown, cannot be downloaded, contains code, is of an unsupported family, lacks
-        weights or has weights that its architecture does not know, or when the LoRA weights cannot be loaded.
+        Raised when the model is unknown, cannot be downloaded, contains code, or is of an unsupported family. Also
+        raised when weights are missing or do not fit the model's architecture, and when the LoRA weights cannot be
+        loaded.
     SettingError
-        Raised when ``device``, ``dtype`` or ``variant`` is not a valid name, this machine has no such device, or the
-        model cannot use the scheduler.
+        Raised when ``device``, ``dtype`` or ``variant`` is not a valid name, or when this machine has no such device.
+        Also raised when the model cannot use the scheduler.
 
     Examples
     --------
+    The error for an unknown name suggests the built-in model with a similar name:
+
     >>> load("image-wold")
     Traceback (most recent call last):
     ...
@@ -114,7 +120,7 @@ def load(
 
 
 def check_scheduler(name: str | Path, scheduler: str) -> None:
-    """Refuse a scheduler that a model cannot use, without loading the model's weights.
+    """Check that a model can use a scheduler, without loading the model's weights.
 
     Parameters
     ----------
@@ -126,12 +132,14 @@ def check_scheduler(name: str | Path, scheduler: str) -> None:
     Raises
     ------
     SettingError
-        Raised when the model cannot use the scheduler; the message lists the ones that it can use.
+        Raised when the model cannot use the scheduler. The message lists the schedulers that the model can use.
     ModelError
-        Raised when the model is unknown, or its ``model_index.json`` cannot be read.
+        Raised when the model is unknown, or when its ``model_index.json`` cannot be read.
 
     Examples
     --------
+    The first scheduler can be used; the second is misspelled:
+
     >>> check_scheduler("picture-world", "DDIMScheduler")
     >>> check_scheduler("picture-world", "Eular")
     Traceback (most recent call last):
@@ -142,7 +150,11 @@ def check_scheduler(name: str | Path, scheduler: str) -> None:
 
 
 def _scheduler_class(index: Mapping[str, Any], scheduler: str) -> Any:
-    """Class of a named scheduler; raise a `SettingError` if it cannot replace the one in a model's ``index``."""
+    """Scheduler class of diffusers with the name ``scheduler``.
+
+    ``index`` is the content of a model's ``model_index.json``. Raise a `SettingError` if a scheduler of this class
+    cannot replace the model's own scheduler.
+    """
     own = getattr(import_diffusers(), str((index.get("scheduler") or [None, None])[1]), None)
     kinds = {} if own is None else {kind.__name__: kind for kind in (own, *own._get_compatibles())}
     if not kinds:
@@ -184,7 +196,11 @@ def _check_index(name: str, index: dict[str, Any]) -> None:
 
 
 def _downloaded(source: str, variant: str | None) -> Path:
-    """Folder with the files of a pipeline, which are downloaded (safetensors only) if ``source`` is a hub id."""
+    """Folder with the files of a pipeline.
+
+    If ``source`` is a hub id, the files are downloaded. The weights are downloaded as safetensors files only, in the
+    given ``variant``. If ``source`` is a folder, this folder is returned.
+    """
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -217,8 +233,8 @@ def _check_weight_files(name: str, folder: Path) -> None:
 def _built(name: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype, variant: str | None) -> Any:
     """Build a pipeline from the components in its folder.
 
-    Raise a `ModelError` if a component cannot be loaded, lacks weights, or has weights in its files that its
-    architecture does not know. ``index`` is the content of ``model_index.json``.
+    Raise a `ModelError` if a component cannot be loaded, or if its weights are missing or do not fit its architecture.
+    ``index`` is the content of the pipeline's ``model_index.json``. ``name`` names the model in the message.
     """
     diffusers = import_diffusers()
     parts: dict[str, Any] = {}
@@ -248,7 +264,10 @@ def _built(name: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype
 
 
 def _component_class(value: Any) -> Any:
-    """Class of a component with weights, from its entry in ``model_index.json``; None for all other entries."""
+    """Class of a component with weights, found from the component's entry in ``model_index.json``.
+
+    ``value`` is the entry. For a component without weights, and for any other entry, the result is None.
+    """
     if not (isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(one, str) for one in value)):
         return None
     library, kind_name = value
@@ -259,9 +278,11 @@ def _component_class(value: Any) -> Any:
 
 
 def _fast_tokenizer(value: Any, folder: Path) -> Any:
-    """Tokenizer from a folder whose only tokenizer file is ``tokenizer.json``; None if the pipeline can load it.
+    """Load a tokenizer from a folder whose only tokenizer file is ``tokenizer.json``.
 
-    transformers before 5 can read such a folder only by the "Fast" variant of the class that the index names.
+    Releases of transformers before 5 can read such a folder only with the "Fast" variant of the tokenizer's class. In
+    all other cases the result is None, and the pipeline loads the tokenizer itself. ``value`` is the tokenizer's entry
+    in ``model_index.json``.
     """
     import transformers  # slow to import
 
@@ -305,8 +326,8 @@ def _component(name: str, part: str, kind: Any, folder: Path, dtype: torch.dtype
 def _typed(kind: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Argument of ``kind.from_pretrained`` that sets the precision, as a dictionary {name: ``dtype``}.
 
-    ``kind`` is the class of a pipeline or of one of its components. The name is "dtype"; only for classes of diffusers
-    before 0.36 it is "torch_dtype".
+    ``kind`` is the class of a pipeline or of one of its components. The name of the argument is "dtype". In releases of
+    diffusers before 0.36, it is "torch_dtype" for the classes of diffusers.
     """
     if kind.__module__.startswith("diffusers."):
         return {_dtype_argument(): dtype}
@@ -320,7 +341,10 @@ def _dtype_argument() -> str:
 
 
 def _variants(folder: Path, variant: str | None) -> str:
-    """Advice for an error if the folder lacks ``variant`` but has weights of other variants; otherwise empty."""
+    """Part of an error message that lists the variants of the weight files in a pipeline's ``folder``.
+
+    The result is empty if ``variant`` is in the list, or if no weight file has a variant.
+    """
     names = [path.name.removesuffix(".safetensors").split(".") for path in folder.glob("*/*.safetensors")]
     known = sorted({parts[1].split("-")[0] for parts in names if len(parts) > 1})
     if known and variant not in known:
@@ -330,12 +354,12 @@ def _variants(folder: Path, variant: str | None) -> str:
 
 @contextmanager
 def _quiet(embedded: bool) -> Iterator[None]:
-    """Silence progress bars, and messages that the libraries log at every load although nothing is wrong.
+    """Silence progress bars and needless warnings inside the ``with`` block, in which a pipeline is loaded.
 
-    transformers warns about image processors that need torchvision and are not used here. diffusers warns about the
-    autoencoder of built-in models, an ``AutoencoderTiny``. Warnings of diffusers are silenced only if ``embedded`` is
-    True, that is, if a built-in model is loaded. Missing weights do not go unnoticed, because `_component` reports
-    them.
+    The libraries log these warnings at every load, although nothing is wrong. transformers warns about image processors
+    that elakit does not use. diffusers warns about ``AutoencoderTiny``, the autoencoder of built-in models.
+    ``embedded`` is True if a built-in model is loaded; only then are warnings of diffusers silenced. Missing weights
+    still raise an error in `_component`.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

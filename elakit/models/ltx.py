@@ -1,4 +1,4 @@
-"""LTX-Video: video transformer with cross-attention to T5 states."""
+"""LTX-Video: a video transformer with cross-attention to the text states of T5."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from elakit.tokens import TextSequence
 class LTXVideoPipeline(VideoPipeline, Protocol):
     """Typing protocol of an LTX-Video pipeline.
 
-    It adds to `VideoPipeline` the other members that the adapter `LTXVideo` uses.
+    The protocol has all members of `VideoPipeline`, and further members that the adapter `LTXVideo` uses.
     """
 
     vae_spatial_compression_ratio: int
 
 
 class LTXVideo(VideoAdapter):
-    """Adapter of LTX-Video text-to-video pipelines, whose latents are sequences of patches.
+    """Adapter through which elakit reads LTX-Video text-to-video pipelines.
+
+    The latents of these pipelines are sequences of patches.
 
     Parameters
     ----------
@@ -48,5 +50,5 @@ class LTXVideo(VideoAdapter):
         return int(self.pipe.vae_spatial_compression_ratio)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence of T5 tokens."""
+        """Token sequence that the denoiser sees: the tokens of T5."""
         return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer, offset=0, length=self._t5_length()),)

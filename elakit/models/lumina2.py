@@ -1,4 +1,4 @@
-"""Lumina-Image 2.0: single-stream blocks over one sequence of the states of a language model and image patches."""
+"""Lumina-Image 2.0: a transformer over one sequence, the text states of a language model and then the image patches."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from elakit.tokens import TextSequence
 class Lumina2Pipeline(TransformerPipeline, Protocol):
     """Typing protocol of a Lumina 2 pipeline.
 
-    It adds to `TransformerPipeline` the other members that the adapter `Lumina2` uses.
+    The protocol has all members of `TransformerPipeline`, and further members that the adapter `Lumina2` uses.
     """
 
     system_prompt: str
 
 
 class Lumina2(SeparateNegative):
-    """Adapter of Lumina 2 pipelines.
+    """Adapter through which elakit reads and runs Lumina 2 pipelines.
 
-    The sequence consists of the text without padding, then the image. Several query heads share one key head
-    (grouped-query attention). The pipeline puts a system message before the prompt. With classifier-free guidance, it
-    makes a second denoiser call for the negative prompt. That call is not recorded.
+    Text and image form one sequence, in which the text comes first, without padding. Several query heads share one key
+    head (grouped-query attention). The pipeline puts a system message before the prompt. With classifier-free guidance,
+    the pipeline makes a second denoiser call for the negative prompt. That call is not recorded.
 
     Parameters
     ----------
@@ -61,9 +61,10 @@ class Lumina2(SeparateNegative):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call of the transformer.
+        """Batch size, timestep and latent size of a denoiser call, found from the arguments of the call.
 
-        The timestep is the scheduler's. It is found from the time, 0 (noise) to 1 (image), that the model receives.
+        Instead of a timestep, the model receives a time from 0 (noise) to 1 (image). The returned timestep is the
+        scheduler's timestep for this time.
         """
         latents = argument(args, kwargs, 0, "hidden_states")
         given = float(torch.as_tensor(argument(args, kwargs, 1, "timestep")).flatten()[0])
@@ -75,11 +76,12 @@ class Lumina2(SeparateNegative):
         )
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of a denoiser call, by name: ``given``, with ``states`` as the text and one patch as the image.
+        """Arguments, by name, of a denoiser call with another text and with only one patch of the image.
 
-        `elakit.attention.map_concepts` makes this second call after the run's own. In each layer of the second call, it
-        replaces the patch's keys and values by those of the whole image, which it kept from the run's own call.
-        ``states`` and ``positions`` are those of `TransformerAdapter.text_call`.
+        ``given`` are the arguments of a denoiser call of the run. After that call, `elakit.attention.map_concepts`
+        makes the new call with the returned arguments. In each layer, `map_concepts` replaces the keys and values of
+        the patch by the keys and values that the whole image had in the run's call. ``states``, (tokens, channels), are
+        the text states of the new call. ``positions`` is not used.
         """
         given = super()._with_text(given, states, positions)
         mask = given["encoder_attention_mask"]
@@ -90,7 +92,7 @@ class Lumina2(SeparateNegative):
         return int(self.pipe.scheduler.config.num_train_timesteps)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence of Gemma tokens: the system message, then the prompt."""
+        """Token sequence that the denoiser sees: Gemma tokens of the system message, then of the prompt."""
         before = f"{self.pipe.system_prompt} <Prompt Start> "
         return (
             TextSequence(
@@ -99,7 +101,7 @@ class Lumina2(SeparateNegative):
         )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states with the mask of their padding."""
+        """Encode a prompt; the result contains the text states and their padding mask."""
         embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
             prompt.text, prompt.guided, negative_prompt=prompt.negative, device=self.pipe._execution_device
         )
@@ -109,11 +111,14 @@ class Lumina2(SeparateNegative):
         return Conditioning(call, {"encoder_hidden_states": embeds, "encoder_attention_mask": mask})
 
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
-        """Time from 0 (noise) to 1 (image), which the model receives instead of a timestep."""
+        """Number that the model receives as its timestep: the time from 0 (noise) to 1 (image).
+
+        The result has one value for each row of ``latents``.
+        """
         return 1 - super()._given(timestep, latents) / self._train_steps
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1, the scale of the initial noise."""
         # The pipeline takes the number of channels for that of patches.
         self._set_flow(steps, self._flow_shift(self._channels, 1.15))
         return 1.0

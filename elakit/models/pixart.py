@@ -1,4 +1,4 @@
-"""PixArt-Alpha and PixArt-Sigma: a transformer with cross-attention to T5 tokens, whose padding is masked."""
+"""PixArt-Alpha and PixArt-Sigma: a transformer with cross-attention to T5 tokens; padding is masked."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from elakit.tokens import TextSequence
 class PixArtPipeline(TransformerPipeline, Protocol):
     """Typing protocol of a PixArt pipeline.
 
-    It adds to `TransformerPipeline` the other members that the adapter `PixArt` uses.
+    The protocol has all members of `TransformerPipeline`, and further members that the adapter `PixArt` uses.
     """
 
     def _text_preprocessing(self, *args: Any, **kwargs: Any) -> list[str]: ...
 
 
 class PixArt(TransformerAdapter):
-    """Adapter of PixArt pipelines.
+    """Adapter through which elakit reads and runs PixArt pipelines.
 
-    T5 has no start-of-text token. Padding is masked, so the image does not attend to it. The pipeline lowercases
+    T5 has no start-of-text token. Padding is masked, so the image does not attend to padding. The pipeline lowercases
     prompts.
 
-    `elakit.generate` generates at exactly the given size: the pipeline's resolution binning, which generates at the
-    nearest size of a list and resizes the image, is switched off.
+    `elakit.generate` generates at exactly the given size, because it switches off the pipeline's resolution binning.
+    Resolution binning would generate at the nearest size of a list, and then resize the image.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class PixArt(TransformerAdapter):
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
-        """Reason why a pipeline is not of this family; None if it is."""
+        """Reason why this family does not support a pipeline; None if the pipeline is supported."""
         if reason := super().refusal(pipe):
             return reason
         if getattr(pipe, "tokenizer", None) is None or not hasattr(pipe, "_text_preprocessing"):
@@ -68,7 +68,7 @@ class PixArt(TransformerAdapter):
         )
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence of T5 tokens, without a start token."""
+        """Token sequence that the denoiser sees: the tokens of T5, without a start token."""
         return (
             TextSequence(
                 name="t5", tokenizer=self.pipe.tokenizer, offset=0, length=self._t5_length(), read=self._as_read
@@ -76,7 +76,10 @@ class PixArt(TransformerAdapter):
         )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states with the mask of their padding; if the model takes it as an input, also the size of the image."""
+        """Encode a prompt; the result contains the text states and their padding mask.
+
+        If the model takes the size of the image as an input, the result also contains the size.
+        """
         embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
             prompt.text,
             prompt.guided,
@@ -100,8 +103,9 @@ class PixArt(TransformerAdapter):
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments that make the pipeline's call replace the latents by ``move(step, latents)`` after each step.
 
-        The pipeline's callback cannot return latents, so they are changed in place. If a step consists of two denoiser
-        calls (Heun), the callback runs only after the second one, so ``move`` is not applied between them.
+        ``step`` is the index of the latest denoiser call, counted from 0 along the scheduler's timesteps. With a Heun
+        scheduler, a step consists of two denoiser calls, and ``move`` is called only after the second call. The latents
+        are changed in place, because the pipeline's callback cannot return latents.
         """
 
         def callback(step: int, timestep: Any, latents: torch.Tensor) -> None:
@@ -114,7 +118,10 @@ class PixArt(TransformerAdapter):
         return {"callback": callback, "callback_steps": 1}
 
     def _as_read(self, text: str) -> str:
-        """Prompt in lowercase, as the pipeline tokenizes it; `PromptError` if the pipeline changes more than that."""
+        """Prompt in lowercase, as the pipeline tokenizes it.
+
+        Raise a `PromptError` if the pipeline changes the prompt in any other way.
+        """
         (read,) = self.pipe._text_preprocessing(text, clean_caption=_cleans())
         lowered = text.lower()
         if read != lowered.strip() or len(lowered) != len(text):
@@ -126,7 +133,7 @@ class PixArt(TransformerAdapter):
 
 
 def _cleans() -> bool:
-    """True if the pipeline cleans captions, which it does if bs4 and ftfy are installed."""
+    """True if the pipeline cleans prompts, which requires the packages bs4 and ftfy."""
     from diffusers.utils import is_bs4_available, is_ftfy_available
 
     return bool(is_bs4_available() and is_ftfy_available())

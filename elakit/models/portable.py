@@ -1,4 +1,8 @@
-"""Saved pipelines that all releases of transformers can read, and that name no folder of this machine."""
+"""Changes to saved pipelines.
+
+After these changes, all releases of transformers can read a saved pipeline, and its files name no folder of this
+machine.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,10 @@ _PREFIX = "text_model."
 def write_portable_names(folder: str | Path) -> None:
     """Rename the weights of the CLIP text encoder in a saved pipeline, so that all releases of transformers read them.
 
-    From release 5.6 on, transformers saves a ``CLIPTextModel`` without the prefix ``text_model.`` in the names. Older
-    releases do not know these names and fill the whole encoder with random numbers; newer ones read both forms.
+    The names of the weights of a ``CLIPTextModel`` used to begin with ``text_model.``. Since release 5.6, transformers
+    saves the names without this prefix. Older releases do not find the renamed weights, and fill the whole encoder with
+    random numbers. This function adds the prefix where it is missing. Newer releases read names with and without the
+    prefix.
 
     Parameters
     ----------
@@ -32,7 +38,7 @@ def write_portable_names(folder: str | Path) -> None:
 def drop_folders(folder: str | Path) -> None:
     """Remove the key ``_name_or_path`` from the configurations of all components of a saved pipeline.
 
-    Its value is a folder on the machine that loaded the component.
+    The value of this key is a folder on the machine that loaded the component.
 
     Parameters
     ----------

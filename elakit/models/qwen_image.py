@@ -1,4 +1,4 @@
-"""Qwen-Image: an MM-DiT of double-stream blocks over the states of a language model."""
+"""Qwen-Image: an MM-DiT of double-stream blocks; the text states come from a language model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from elakit.tokens import TextSequence
 class QwenImagePipeline(PackedPipeline, Protocol):
     """Typing protocol of a Qwen-Image pipeline.
 
-    It adds to `PackedPipeline` the other members that the adapter `QwenImage` uses.
+    The protocol has all members of `PackedPipeline`, and further members that the adapter `QwenImage` uses.
     """
 
     tokenizer_max_length: int
@@ -30,9 +30,10 @@ class QwenImagePipeline(PackedPipeline, Protocol):
 
 
 class QwenImage(SeparateNegative):
-    """Adapter of Qwen-Image pipelines (text-to-image, img2img, inpainting, ControlNet).
+    """Adapter through which elakit reads and runs Qwen-Image pipelines.
 
-    The denoiser sees the text states of a chat that contains the prompt, without those of its system message. With
+    Text-to-image, img2img, inpainting and ControlNet pipelines are supported. The pipeline puts the prompt into a chat
+    with a system message. The denoiser sees the text states of the chat, without the states of the system message. With
     classifier-free guidance, the pipeline makes a second denoiser call for the negative prompt. That call is not
     recorded. The pipeline's argument for the classifier-free guidance scale is ``true_cfg_scale``.
 
@@ -69,7 +70,10 @@ class QwenImage(SeparateNegative):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size (before packing) of a call of the transformer."""
+        """Batch size, timestep and latent size of a denoiser call, found from the arguments of the call.
+
+        The latent size is the size before each patch of 2x2 locations is packed into one token.
+        """
         rows, columns = self._grid(args, kwargs)
         current = getattr(self.pipe, "_current_timestep", None)
         given = float(torch.as_tensor(argument(args, kwargs, 3, "timestep")).flatten()[0])
@@ -81,12 +85,13 @@ class QwenImage(SeparateNegative):
         )
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of a denoiser call, by name: ``given``, with ``states`` as the text and few patches as the image.
+        """Arguments, by name, of a denoiser call with another text and with only a few patches of the image.
 
-        The number of patches is that along the longer side of the image in ``given``. `elakit.attention.map_concepts`
-        makes this second call after the run's own. In each layer of the second call, it replaces the patches' keys and
-        values by those of the whole image, which it kept from the run's own call. ``states`` is that of
-        `TransformerAdapter.text_call`; ``positions`` is not used.
+        ``given`` are the arguments of a denoiser call of the run. After that call, `elakit.attention.map_concepts`
+        makes the new call with the returned arguments. In each layer, `map_concepts` replaces the keys and values of
+        the few patches by the keys and values that the whole image had in the run's call. The number of these patches
+        is the number of patches along the longer side of the whole image. ``states``, (tokens, channels), are the text
+        states of the new call. ``positions`` is not used.
         """
         latents, side = given["hidden_states"], max(self._grid((), given))
         given |= {
@@ -106,7 +111,7 @@ class QwenImage(SeparateNegative):
         return side, side
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence: the language model's chat template with the prompt in it, without the system message."""
+        """Token sequence that the denoiser sees: the chat with the prompt in it, without the system message."""
         return (
             chat_sequence(
                 "chat",
@@ -119,7 +124,10 @@ class QwenImage(SeparateNegative):
         )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states with the mask of their padding, and the size of the image in patches."""
+        """Encode a prompt; the result contains the text states and their padding mask.
+
+        The result also contains the size of the image in patches.
+        """
         embeds, mask = self._states(prompt.text)
         call = {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
         if prompt.guided:
@@ -137,31 +145,37 @@ class QwenImage(SeparateNegative):
         return embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
 
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
-        """A thousandth of the scheduler's timestep, in the model's precision."""
+        """Number that the model receives as its timestep: a thousandth of the scheduler's ``timestep``.
+
+        The result has one value for each row of ``latents``, and the precision of ``latents``.
+        """
         return super()._given(timestep, latents).to(latents.dtype) / 1000
 
     @property
     def _channels(self) -> int:
-        """Number of channels of the latent before patches of 2x2 are packed."""
+        """Number of channels of the latent, before each patch of 2x2 locations is packed into one token."""
         return super()._channels // self._patch**2
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
         """Initial noise of unit variance for an image of ``height`` x ``width`` pixels, packed: (1, patches, 4c).
 
-        A patch contains 2x2 locations of the latent, which has c channels.
+        The latent has c channels. Each patch of 2x2 locations of the latent is packed into one token with 4c channels.
         """
         noise = super().noise(generator, height, width)
         packed: torch.Tensor = self.pipe._pack_latents(noise, *noise.shape)
         return packed
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1, the scale of the initial noise."""
         self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
 
     @torch.no_grad()
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Packed latents of an image, in the form of `noise`: (1, patches, 4c)."""
+        """Encode an image as packed latents, (1, patches, 4c).
+
+        The latent has c channels. Each patch of 2x2 locations of the latent is packed into one token with 4c channels.
+        """
         pipe, vae = self.pipe, self.pipe.vae
         pixels = pipe.image_processor.preprocess(image.convert("RGB")).to(vae.device, vae.dtype)
         latents = vae.encode(pixels[:, :, None]).latent_dist.mode()  # the autoencoder of a video, of one frame
@@ -172,7 +186,11 @@ class QwenImage(SeparateNegative):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from packed latents, (n, patches, 4c), which may be those of an unfinished run."""
+        """Decode packed latents, (n, patches, 4c), to images of ``height`` x ``width`` pixels.
+
+        The latents may come from any step of a run. The latent has c channels. Each patch of 2x2 locations of the
+        latent is packed into one token with 4c channels.
+        """
         pipe, vae = self.pipe, self.pipe.vae
         frames = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).to(vae.dtype)
         mean, spread = self._statistics(frames)
@@ -181,7 +199,10 @@ class QwenImage(SeparateNegative):
         return images
 
     def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Mean and standard deviation of the autoencoder's latents, (1, c, 1, 1, 1)."""
+        """Mean and standard deviation of the autoencoder's latents for each channel, both (1, channels, 1, 1, 1).
+
+        Both tensors have the device and precision of ``latents``.
+        """
         config = self.pipe.vae.config
         return tuple(
             torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)

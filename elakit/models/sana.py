@@ -1,4 +1,4 @@
-"""Sana: a transformer with linear self-attention, and cross-attention to the states of a language model."""
+"""Sana: a transformer with linear self-attention, and cross-attention to the text states of a language model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from elakit.tokens import TextSequence
 
 
 class Sana(Float32Latents):
-    """Adapter of Sana pipelines.
+    """Adapter through which elakit reads and runs Sana pipelines.
 
-    The pipeline puts an instruction before the prompt, and discards the text states of the instruction, except that of
-    the first token. It lowercases prompts. `elakit.generate` generates at exactly the given size, without the
-    pipeline's resolution binning.
+    The pipeline lowercases the prompt, and puts an instruction before the prompt. The denoiser sees the text state of
+    the first token of the instruction, then the text states of the prompt. The other states of the instruction are
+    discarded.
+
+    `elakit.generate` generates at exactly the given size, because it switches off the pipeline's resolution binning.
+    Resolution binning would generate at the nearest size of a list, and then resize the image.
 
     Parameters
     ----------
@@ -44,7 +47,10 @@ class Sana(Float32Latents):
         return Layout(self._grid(args, kwargs), 0, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, scheduler's timestep (before scaling by ``timestep_scale``) and latent size of a call."""
+        """Batch size, timestep and latent size of a denoiser call, found from the arguments of the call.
+
+        The returned timestep is the scheduler's. The model receives this timestep times ``timestep_scale``.
+        """
         call = super().read_call(args, kwargs)
         return replace(call, timestep=call.timestep / self.pipe.transformer.config.timestep_scale)
 
@@ -53,7 +59,11 @@ class Sana(Float32Latents):
         return call_default(self.pipe, "height"), call_default(self.pipe, "width")
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence of Gemma tokens: the first one, then the prompt; the instruction between them is discarded."""
+        """Token sequence that the denoiser sees: the first token of the instruction, then the prompt.
+
+        The pipeline puts an instruction before the prompt. It discards the text states of all tokens of the instruction
+        except the first. The tokenizer is that of the language model Gemma.
+        """
         tokenizer = self.pipe.tokenizer
         instruction = "\n".join(call_default(self.pipe, "complex_human_instruction"))
         return (
@@ -78,7 +88,7 @@ class Sana(Float32Latents):
         return lowered
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states with the mask of their padding."""
+        """Encode a prompt; the result contains the text states and their padding mask."""
         embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
             prompt.text,
             prompt.guided,
@@ -99,10 +109,10 @@ class Sana(Float32Latents):
         return super()._given(timestep, latents) * self.pipe.transformer.config.timestep_scale
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1, the scale of the initial noise."""
         super().set_timesteps(steps, height, width)
         return 1.0
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """Raise a `ModelError`: self-attention of Sana is linear and has no probabilities."""
+        """Raise a `ModelError`, because the self-attention of Sana is linear and has no attention probabilities."""
         raise ModelError(f"{self.family} has linear self-attention, which has no attention maps. {WITHOUT_SELF}")

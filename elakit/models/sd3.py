@@ -16,7 +16,7 @@ from elakit.tokens import TextSequence
 class StableDiffusion3Pipeline(TransformerPipeline, Protocol):
     """Typing protocol of a Stable Diffusion 3 pipeline.
 
-    It adds to `TransformerPipeline` the other members that the adapter `StableDiffusion3` uses.
+    The protocol has all members of `TransformerPipeline`, and further members that the adapter `StableDiffusion3` uses.
     """
 
     tokenizer_max_length: int
@@ -25,13 +25,13 @@ class StableDiffusion3Pipeline(TransformerPipeline, Protocol):
 
 
 class StableDiffusion3(TransformerAdapter):
-    """Adapter of Stable Diffusion 3 pipelines.
+    """Adapter through which elakit reads and runs Stable Diffusion 3 pipelines.
 
-    The text consists of two sequences: that of both CLIP encoders, whose states are concatenated along the channels,
-    and that of T5. If the pipeline was loaded without T5 (``text_encoder_3=None``), the positions of T5 hold zeros and
-    count as padding.
+    The text consists of two token sequences. The first sequence is read by both CLIP encoders, whose states are
+    concatenated along the channels. The second sequence is read by T5. If the pipeline was loaded without T5
+    (``text_encoder_3=None``), the positions of T5 hold zeros and count as padding.
 
-    Image locations attend to image and text in one softmax, so that their attention to the text sums to less than 1.
+    Image locations attend to image and text in one softmax. Their attention to the text therefore sums to less than 1.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class StableDiffusion3(TransformerAdapter):
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
-        """Reason why a pipeline is not of this family; None if it is."""
+        """Reason why this family does not support a pipeline; None if the pipeline is supported."""
         if reason := super().refusal(pipe):
             return reason
         return "it has no CLIP tokenizer" if getattr(pipe, "tokenizer", None) is None else None
@@ -66,11 +66,17 @@ class StableDiffusion3(TransformerAdapter):
         )
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call; a pass of skip-layer guidance is not conditional."""
+        """Batch size, timestep and latent size of a denoiser call, found from the arguments of the call.
+
+        The result also states whether the call is recorded. A pass of skip-layer guidance is not recorded.
+        """
         return replace(super().read_call(args, kwargs), conditional=kwargs.get("skip_layers") is None)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence of CLIP tokens for both CLIP encoders, then one of T5 tokens if T5 is loaded."""
+        """Token sequences that the denoiser sees: the tokens of CLIP, then the tokens of T5 if T5 is loaded.
+
+        Both CLIP encoders read the same tokens.
+        """
         clip = TextSequence(
             name="clip", tokenizer=self.pipe.tokenizer, offset=0, length=int(self.pipe.tokenizer_max_length)
         )
@@ -81,11 +87,14 @@ class StableDiffusion3(TransformerAdapter):
         )
 
     def text_length(self) -> int:
-        """Number of text positions, including those of T5, even if T5 is not loaded."""
+        """Number of text positions, including the positions of T5, even if T5 is not loaded."""
         return int(self.pipe.tokenizer_max_length) + self._t5_length()
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states of all encoders, and the pooled states of both CLIP encoders."""
+        """Encode a prompt; the result contains the text states of all encoders.
+
+        The result also contains the pooled states of both CLIP encoders.
+        """
         embeds, negative_embeds, pooled, negative_pooled = self.pipe.encode_prompt(
             prompt.text,
             None,
@@ -101,7 +110,7 @@ class StableDiffusion3(TransformerAdapter):
         return Conditioning(call, {"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1, the scale of the initial noise."""
         scheduler = self.pipe.scheduler
         shift = {"mu": self._shift(height, width, 1.16)} if scheduler.config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(steps, device=self.pipe._execution_device, **shift)

@@ -15,18 +15,20 @@ from elakit.pipeline import Pipeline, UNetPipeline
 class XLPipeline(UNetPipeline, Protocol):
     """Typing protocol of an SDXL pipeline.
 
-    It adds to `UNetPipeline` the other members that the adapter `StableDiffusionXL` uses.
+    The protocol has all members of `UNetPipeline`, and further members that the adapter `StableDiffusionXL` uses.
     """
 
     def _get_add_time_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
 
 
 class StableDiffusionXL(UNetAdapter):
-    """Adapter of SDXL pipelines (text-to-image, img2img, inpainting, ControlNet).
+    """Adapter through which elakit reads and runs SDXL pipelines (text-to-image, img2img, inpainting, ControlNet).
 
-    Both encoders split the text into the same tokens and their states are concatenated along the channels, so that one
-    position stands for the same token in both; only their padding tokens differ. The outermost blocks of the U-Net do
-    not attend to text: at 1024 pixels there are maps with 64 and 32 rows, none with 128.
+    Both text encoders split the prompt into the same tokens. The states of both encoders are concatenated along the
+    channels. A position therefore stands for the same token in both encoders. Only the padding tokens differ.
+
+    The outermost blocks of the U-Net do not attend to text. For an image of 1024 x 1024 pixels, there are maps with 64
+    rows and with 32 rows, but none with 128 rows.
 
     Parameters
     ----------
@@ -44,9 +46,10 @@ class StableDiffusionXL(UNetAdapter):
         return first if first is not None else getattr(pipe, "tokenizer_2", None)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states of both encoders, the pooled state of the second encoder, and the size of the image.
+        """Encode a prompt; the result contains the text states of both encoders.
 
-        For a guidance-distilled U-Net, the result also contains the guidance scale.
+        The result also contains the pooled state of the second encoder and the size of the image. For a
+        guidance-distilled U-Net, the result contains the guidance scale, too.
         """
         device = self.pipe._execution_device
         embeds, negative_embeds, pooled, negative_pooled = self.pipe.encode_prompt(
@@ -69,10 +72,11 @@ class StableDiffusionXL(UNetAdapter):
     def _added(
         self, embeds: torch.Tensor, pooled: torch.Tensor, size: tuple[int, int] | None, config: Any
     ) -> dict[str, torch.Tensor]:
-        """Value of ``added_cond_kwargs`` for the U-Net: the pooled text state, and the size and crop of the image.
+        """Value of the U-Net's argument ``added_cond_kwargs``: pooled text state, and size and crop of the image.
 
+        ``embeds`` are text states that determine the precision of the result. ``pooled`` is the pooled text state.
         ``size`` is the (height, width) of the image in pixels; None stands for the model's default size. ``config`` is
-        the configuration of the second text encoder; None if the pipeline has none.
+        the configuration of the second text encoder, or None if the pipeline has no second text encoder.
         """
         size = size or self.default_size()
         time_ids = self.pipe._get_add_time_ids(

@@ -1,4 +1,7 @@
-"""Where a model comes from: a built-in model, a folder or the hub, and the index of its components."""
+"""Sources of models: built-in models, folders and the hub.
+
+This module finds the source of a model, and reads ``model_index.json``, the index of the model's components.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def locate(name: str | Path) -> str:
-    """Folder or hub id of a model; nothing is downloaded.
+    """Find the folder or the hub id of a model; nothing is downloaded.
 
     Parameters
     ----------
@@ -35,12 +38,12 @@ def locate(name: str | Path) -> str:
     Returns
     -------
     str
-        Path of the folder, also for a built-in model, or the hub id.
+        Path of the model's folder, if the model is built-in or a folder. Otherwise the hub id.
 
     Raises
     ------
     ModelError
-        Raised when the name can be neither a built-in model, nor a pipeline's folder, nor a hub id.
+        Raised when the name is neither a built-in model, nor the folder of a pipeline, nor a possible hub id.
     """
     text = str(name)
     if text in EMBEDDED:
@@ -70,7 +73,9 @@ def locate(name: str | Path) -> str:
 
 
 def read_index(source: str) -> dict[str, Any]:
-    """Content of a pipeline's ``model_index.json``, which suffices to refuse a model before its weights are downloaded.
+    """Read the ``model_index.json`` of a pipeline.
+
+    This file is enough to refuse an unsupported model before its weights are downloaded.
 
     Parameters
     ----------
@@ -80,7 +85,7 @@ def read_index(source: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        Class of the pipeline, and for each component its library and class.
+        Content of the file: the class of the pipeline, and the library and class of each component.
 
     Raises
     ------
@@ -126,7 +131,10 @@ def _download_index(hub_id: str) -> str:
 
 
 def unavailable(hub_id: str, why: str) -> ModelError:
-    """Error for a model of the hub that cannot be downloaded; ``why`` is the reason, which ends with a period."""
+    """Create the error for a model of the hub that cannot be downloaded.
+
+    ``why`` states the reason and ends with a period.
+    """
     return ModelError(
         f"Model {hub_id!r} cannot be downloaded: {why} Give a built-in model ({', '.join(EMBEDDED)}: no network "
         "needed), a folder or another hub id."
@@ -136,16 +144,18 @@ def unavailable(hub_id: str, why: str) -> ModelError:
 def first_line(error: BaseException) -> str:
     """First line of an error's message, ending with a period.
 
-    The further lines of a library's message often recommend calls of its own API, which do not apply here.
+    The other lines of a library's message often recommend calls of that library. Users of elakit do not make these
+    calls.
 
     Parameters
     ----------
     error : BaseException
-        Error of any kind; the name of its class is used if it has no message.
+        Error of any kind. If the error has no message, the name of its class is used.
 
     Returns
     -------
     str
+        The first line, ending with a period.
 
     Examples
     --------

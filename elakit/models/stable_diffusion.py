@@ -10,7 +10,7 @@ from elakit.models.unet import UNetAdapter
 
 
 class StableDiffusion(UNetAdapter):
-    """Adapter of pipelines with one ``UNet2DConditionModel`` and one CLIP text encoder.
+    """Adapter through which elakit reads and runs pipelines with a U-Net and one CLIP text encoder.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class StableDiffusion(UNetAdapter):
     two_encoders: ClassVar[bool] = False
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states from the pipeline's ``encode_prompt``.
+        """Encode a prompt; the result contains the text states from the pipeline's ``encode_prompt``.
 
         For a guidance-distilled U-Net, the result also contains the guidance scale.
         """

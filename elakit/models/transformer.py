@@ -1,4 +1,7 @@
-"""Base of the families that denoise with a transformer, whose maps all have one size: the grid of patches."""
+"""Base of the adapters for pipelines that denoise with a transformer.
+
+All maps of such a pipeline have the same size, the size of the grid of patches.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +42,11 @@ from elakit.tokens import TextSequence
 
 
 class TransformerAdapter(PromptEncoder):
-    """Base of the families with a transformer.
+    """Base of the adapters for pipelines with a transformer.
 
-    For recording, a family describes its layers and its text. For `elakit.generate` and guidance, it also encodes
-    prompts (``_encode``) and converts the scheduler's timestep to the number that the transformer receives
-    (``_given``).
+    The adapter of a family is a subclass. For recording, the subclass describes the layers and the text of the family.
+    For `elakit.generate` and guidance, the subclass also encodes prompts (``_encode``). It also converts the
+    scheduler's timestep to the number that the transformer receives (``_given``).
 
     Parameters
     ----------
@@ -71,7 +74,7 @@ class TransformerAdapter(PromptEncoder):
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
-        """Reason why a pipeline is not of this family; None if it is."""
+        """Reason why this family does not support a pipeline; None if the pipeline is supported."""
         if reason := modular(pipe):
             return reason
         transformer = getattr(pipe, "transformer", None)
@@ -84,7 +87,10 @@ class TransformerAdapter(PromptEncoder):
 
     @classmethod
     def refusal_of_index(cls, index: Mapping[str, Any]) -> str | None:
-        """Same as `refusal`, from a ``model_index.json``."""
+        """Reason why this family does not support a model; None if the model is supported.
+
+        ``index`` is the content of the model's ``model_index.json``. Weights are not needed for this decision.
+        """
         transformer = (index.get("transformer") or [None, None])[1]
         if transformer is None:
             return OtherKind("it has no transformer")
@@ -94,7 +100,10 @@ class TransformerAdapter(PromptEncoder):
 
     @classmethod
     def _refusal_of_relative(cls, pipeline: str) -> str | None:
-        """Reason why a pipeline class with the family's transformer is not supported; None if it is."""
+        """Reason why this family does not support a pipeline class, although the class has the family's transformer.
+
+        ``pipeline`` is the name of the class. The result is None if the class is supported.
+        """
         return None
 
     @property
@@ -103,7 +112,7 @@ class TransformerAdapter(PromptEncoder):
         return False
 
     def is_current(self) -> bool:
-        """True if the pipeline has not changed since it was adapted: same denoiser, not compiled."""
+        """True if the pipeline still has the denoiser of this adapter, and that denoiser is not compiled."""
         transformer = getattr(self.pipe, "transformer", None)
         return transformer is self.denoiser and compiled(transformer, "pipe.transformer") is None
 
@@ -113,16 +122,18 @@ class TransformerAdapter(PromptEncoder):
     def _layers_at_call(
         self, stack: str, attention: str, place: Place, kind: Kind = "cross", *, text_first: bool = False
     ) -> tuple[AttentionLayer, ...]:
-        """One layer for each block of a list, read at its attention call; see `AttentionLayer.layout`.
+        """Create one `AttentionLayer` for each block in a list of blocks of the denoiser.
+
+        The attention of these layers is read at the attention call.
 
         Parameters
         ----------
         stack : str
             Name of the denoiser's attribute that contains the list of blocks.
         attention : str
-            Name of the attribute of each block that contains its attention module.
+            Name of the attribute of each block that contains the attention module.
         place, kind, text_first
-            Attributes of each `AttentionLayer`.
+            Values of these attributes in each `AttentionLayer`.
         """
         return tuple(
             AttentionLayer(
@@ -142,7 +153,10 @@ class TransformerAdapter(PromptEncoder):
         )
 
     def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
-        """Positions of image and text among queries and keys of the attention calls, from the denoiser's arguments."""
+        """Positions of image and text in the attention calls: among the queries and among the keys.
+
+        The positions are found from ``args`` and ``kwargs``, the arguments of the denoiser call.
+        """
         raise NotImplementedError
 
     @property
@@ -150,7 +164,7 @@ class TransformerAdapter(PromptEncoder):
         return int(self.pipe.transformer.config.patch_size)
 
     def _grid(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        """Rows and columns of patches in a call of the denoiser."""
+        """Number of rows and columns of patches, found from the arguments of a denoiser call."""
         latents = argument(args, kwargs, 0, "hidden_states")
         return latents.shape[-2] // self._patch, latents.shape[-1] // self._patch
 
@@ -159,21 +173,23 @@ class TransformerAdapter(PromptEncoder):
         return self._layers
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call of the transformer."""
+        """Batch size, timestep and latent size of a denoiser call, found from the arguments of the call."""
         latents = argument(args, kwargs, 0, "hidden_states")
         timestep = torch.as_tensor(kwargs["timestep"])
         return Call(latents.shape[0], float(timestep.flatten()[0]), (latents.shape[-2], latents.shape[-1]))
 
     def conditional_rows(self, batch: int) -> slice:
-        """Rows of a batch of the denoiser that see the prompt; the pipeline's state is read at each call.
+        """Slice of the rows that see the prompt, in a denoiser call with ``batch`` rows.
 
-        Some pipelines (PixArt) have no attribute that states whether they use classifier-free guidance. Then the local
-        variables of their running ``__call__`` are read; if none is running, all rows see the prompt.
+        The slice depends on whether the pipeline uses classifier-free guidance, which can change between calls. Some
+        pipelines (PixArt) have no attribute ``do_classifier_free_guidance``. For these pipelines, the local variables
+        of the running ``__call__`` are read. If no ``__call__`` is running, all rows see the prompt.
 
         Raises
         ------
         ModelError
-            Raised when the batch cannot be divided into the parts that the pipeline stacks.
+            Raised when the rows cannot be divided into equal parts, one for each pass that the pipeline stacks in the
+            batch.
         """
         guided = getattr(self.pipe, "do_classifier_free_guidance", None)
         if guided is None:
@@ -181,12 +197,14 @@ class TransformerAdapter(PromptEncoder):
         return stacked_rows(self.pipe, batch, bool(guided))
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the latent of an image of ``height`` x ``width`` pixels, before division into patches.
+        """Rows and columns of the latent for an image of ``height`` x ``width`` pixels.
+
+        This is the size of the latent before it is divided into patches.
 
         Raises
         ------
         SettingError
-            Raised when a side is not a positive multiple of the product of ``vae_scale_factor`` and the patch size.
+            Raised when ``height`` or ``width`` is not a positive multiple of ``vae_scale_factor`` times the patch size.
         """
         factor = self.pipe.vae_scale_factor
         check_sides(height, width, factor * self._patch)
@@ -200,7 +218,9 @@ class TransformerAdapter(PromptEncoder):
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """Output of one conditional pass, differentiable if gradients are enabled.
+        """Output of the denoiser in one pass that sees the prompt.
+
+        The output is differentiable if gradients are enabled.
 
         Parameters
         ----------
@@ -209,11 +229,12 @@ class TransformerAdapter(PromptEncoder):
         timestep : torch.Tensor, float or int
             The scheduler's timestep.
         conditioning : Conditioning
+            The encoded prompt.
 
         Returns
         -------
         torch.Tensor, (n, ...)
-            Output of the model, including a learned variance if the model predicts one.
+            Output of the denoiser, including a learned variance if the model predicts one.
         """
         return self.denoiser(
             hidden_states=latents,
@@ -223,7 +244,10 @@ class TransformerAdapter(PromptEncoder):
         )[0]
 
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
-        """Timestep in the form in which the model receives it, one value per row of the latents."""
+        """Number that the model receives as its timestep, one value for each row of ``latents``.
+
+        ``timestep`` is the scheduler's timestep.
+        """
         return torch.as_tensor(timestep, device=latents.device).expand(len(latents))
 
     def text_call(
@@ -234,37 +258,39 @@ class TransformerAdapter(PromptEncoder):
         kwargs: Mapping[str, Any],
         rows: slice,
     ) -> dict[str, Any]:
-        """Arguments of a given denoiser call, by name, with other text states and only one patch of the image.
+        """Arguments, by name, of a new denoiser call with another text and with only one or a few patches of the image.
 
-        `elakit.attention.map_concepts` calls the denoiser with these arguments to read the attention outputs of the
-        text. Only families with joint attention whose layers are read at their attention call (`AttentionLayer.layout`)
-        need this method.
+        The new call is derived from a given denoiser call. `elakit.attention.map_concepts` makes the new call to read
+        the attention outputs of its text. Only families with joint attention that is read at the attention call need
+        this method.
 
         Parameters
         ----------
         states : torch.Tensor, (tokens, channels)
-            Text states that replace those of the given call, the same for all rows.
+            Text states of the new call, the same for all rows.
         positions : sequence of int
-            Position of the token of each state, counted from 0 in the text from which the state was encoded, which is
-            not the text of the given call. States from several texts may have the same position.
+            Position of each state's token, counted from 0 in the text from which the state was encoded. States from
+            several texts may have the same position.
         args, kwargs : sequence, mapping
             Arguments of the given denoiser call.
         rows : slice
-            Rows of the given call to keep.
+            Rows of the batch of the given call. The new call has these rows only.
 
         Returns
         -------
         dict of str to Any
-            Keyword arguments for a call of the denoiser with the chosen rows only.
+            Keyword arguments of the new call.
         """
         return self._with_text(self._of_rows(args, kwargs, rows), states, positions)
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of a denoiser call, by name: ``given``, with ``states`` as the text and one patch as the image.
+        """Arguments, by name, of a denoiser call with another text and with only one patch of the image.
 
-        `elakit.attention.map_concepts` makes this second call after the run's own. In each layer of the second call, it
-        replaces the patch's keys and values by those of the whole image, which it kept from the run's own call.
-        ``states`` and ``positions`` are those of `text_call`.
+        ``given`` are the arguments of a denoiser call of the run. After that call, `elakit.attention.map_concepts`
+        makes the new call with the returned arguments. In each layer, `map_concepts` replaces the keys and values of
+        the patch by the keys and values that the whole image had in the run's call. ``states``, (tokens, channels), are
+        the text states of the new call. ``positions`` has the position of each state's token in the text from which the
+        state was encoded.
         """
         latents = given["hidden_states"]
         return given | {
@@ -273,7 +299,10 @@ class TransformerAdapter(PromptEncoder):
         }
 
     def _of_rows(self, args: Sequence[Any], kwargs: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-        """Arguments of a denoiser call, by name, restricted to some rows of the batch."""
+        """Arguments of a denoiser call, by name, cut to the given ``rows`` of the batch.
+
+        ``args`` and ``kwargs`` are the arguments for the whole batch.
+        """
         names = list(inspect.signature(type(self.denoiser).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
         batch = len(given[names[0]])
@@ -284,11 +313,12 @@ class TransformerAdapter(PromptEncoder):
         return {name: cut(value) for name, value in given.items()}
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """Layers whose self-attention is read, one for each of the given layers.
+        """Self-attention layers, one for each layer in ``beside``.
 
-        In a model with cross-attention, these are the self-attention layers of the same blocks. In joint attention,
-        image and text are keys of one softmax, so that the given layers are returned, with ``reads="image"``: the
-        attention of a location to all image locations then sums to less than 1.
+        For a layer with cross-attention, the result contains the self-attention layer of the same block. For a layer
+        with joint attention, the result contains the layer itself, with ``reads="image"``. In joint attention, image
+        and text are keys of one softmax. The attention of a location to all image locations therefore sums to less than
+        1.
 
         Raises
         ------
@@ -316,14 +346,19 @@ class TransformerAdapter(PromptEncoder):
         return compute_dtype(self.denoiser)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return the scale of the initial noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return the scale of the initial noise.
+
+        The first latents of a run are the result of `noise` times this scale. ``height`` and ``width`` are those of the
+        image in pixels.
+        """
         self.pipe.scheduler.set_timesteps(steps, device=self.pipe._execution_device)
         return float(getattr(self.pipe.scheduler, "init_noise_sigma", 1.0))
 
     def _shift(self, height: int, width: int, largest: float) -> float:
-        """Shift (``mu``) of the timesteps of flow matching for an image size, as diffusers' pipelines compute it.
+        """Shift (``mu``) of the timesteps of flow matching for an image of ``height`` x ``width`` pixels.
 
-        ``largest`` is the value that the pipeline uses if the scheduler's configuration has no ``max_shift``.
+        The shift is computed as in diffusers' pipelines. ``largest`` is used as ``max_shift`` if the scheduler's
+        configuration has no ``max_shift``.
         """
         rows, columns = self.latent_size(height, width)
         return self._flow_shift((rows // self._patch) * (columns // self._patch), largest)
@@ -342,7 +377,11 @@ class TransformerAdapter(PromptEncoder):
         return shift
 
     def _set_flow(self, steps: int, shift: float) -> None:
-        """Set the timesteps of flow matching: noise levels from 1 to 1/steps, which the scheduler shifts."""
+        """Set the scheduler's timesteps for flow matching.
+
+        The scheduler receives ``steps`` noise levels at equal distances, from 1 to 1/``steps``. It shifts the noise
+        levels by ``shift`` (``mu``). A scheduler with ``use_flow_sigmas`` computes the noise levels itself.
+        """
         from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
         scheduler = self.pipe.scheduler
@@ -351,16 +390,19 @@ class TransformerAdapter(PromptEncoder):
         retrieve_timesteps(scheduler, steps, self.pipe._execution_device, sigmas=sigmas, mu=shift)
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from latents, (n, c, h, w), which may be those of an unfinished run."""
+        """Decode latents, (n, c, h, w), to images of ``height`` x ``width`` pixels.
+
+        The latents may come from any step of a run.
+        """
         return decoded(self.pipe, latents)
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Latents of an image, (1, c, h, w).
+        """Encode an image as latents, (1, c, h, w).
 
         Raises
         ------
         ModelError
-            Raised when the family decodes latents in its own way, for which elakit has no inverse.
+            Raised when the family overrides `decode`, but not this method.
         """
         if type(self).decode is not TransformerAdapter.decode:
             raise ModelError(
@@ -369,23 +411,35 @@ class TransformerAdapter(PromptEncoder):
         return encoded(self.pipe, image)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Arguments that make the pipeline's call replace the latents by ``move(step, latents)`` after each step."""
+        """Arguments that make the pipeline's call replace the latents by ``move(step, latents)`` after each step.
+
+        ``step`` is the index of the completed step, counted from 0 along the scheduler's timesteps.
+        """
         return step_callback(move)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Token sequences that the denoiser sees, in their order."""
+        """Token sequences, in the order in which the denoiser sees them."""
         raise NotImplementedError
 
     def text_length(self) -> int:
-        """Number of text positions, including padding, unless the call sets another ``max_sequence_length``."""
+        """Number of text positions, including padding, in a call of the pipeline with default arguments.
+
+        A call with another ``max_sequence_length`` has another number of positions.
+        """
         last = self.text()[-1]
         return last.offset + last.length
 
     def _t5_length(self) -> int:
-        """Number of positions of the last text encoder: the call's default of ``max_sequence_length``."""
+        """Number of positions of the last text encoder.
+
+        This number is the default of ``max_sequence_length`` in the pipeline's call.
+        """
         return int(call_default(self.pipe, "max_sequence_length"))
 
 
 def repeated_text(states: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Repeat text states, (tokens, channels), for each row of the latents, in the precision of the latents."""
+    """Repeat text states, (tokens, channels), for each row of ``latents``.
+
+    The result, (rows, tokens, channels), has the precision of ``latents``.
+    """
     return states.to(latents.dtype).expand(len(latents), -1, -1)

@@ -1,4 +1,7 @@
-"""Base of the families with a ``UNet2DConditionModel``: cross-attention to the text, with maps of several sizes."""
+"""Base of the adapters for pipelines with a ``UNet2DConditionModel``.
+
+Such a U-Net has cross-attention to the text, with maps of several sizes.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,10 @@ _OTHER_ROWS = {
 
 
 class UNetAdapter(PromptEncoder):
-    """Base of the families with a U-Net; a family adds its name, and the number and class of its text encoders.
+    """Base of the adapters for pipelines with a U-Net.
+
+    The adapter of a family is a subclass. It sets the name of the family, and the number and classes of the text
+    encoders.
 
     Parameters
     ----------
@@ -69,7 +75,7 @@ class UNetAdapter(PromptEncoder):
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
-        """Reason why a pipeline is not of this family; None if it is."""
+        """Reason why this family does not support a pipeline; None if the pipeline is supported."""
         if reason := modular(pipe):
             return reason
         unet = getattr(pipe, "unet", None)
@@ -99,7 +105,10 @@ class UNetAdapter(PromptEncoder):
 
     @classmethod
     def refusal_of_index(cls, index: Mapping[str, Any]) -> str | None:
-        """Same as `refusal`, from a ``model_index.json``."""
+        """Reason why this family does not support a model; None if the model is supported.
+
+        ``index`` is the content of the model's ``model_index.json``. Weights are not needed for this decision.
+        """
         unet = (index.get("unet") or [None, None])[1]
         if unet is None:
             return OtherKind("it has no U-Net")
@@ -125,7 +134,10 @@ class UNetAdapter(PromptEncoder):
         return False
 
     def is_current(self) -> bool:
-        """True if the pipeline has not changed since it was adapted: same denoiser, not compiled."""
+        """True if the pipeline still has the denoiser of this adapter, and that denoiser is not compiled.
+
+        The pipeline must also still have its tokenizer.
+        """
         unet = getattr(self.pipe, "unet", None)
         return unet is self.denoiser and compiled(unet, "pipe.unet") is None and self._tokenizer(self.pipe) is not None
 
@@ -139,17 +151,17 @@ class UNetAdapter(PromptEncoder):
         return self._layers
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call of the U-Net."""
+        """Batch size, timestep and latent size of a denoiser call, found from the arguments of the call."""
         sample = argument(args, kwargs, 0, "sample")
         timestep = torch.as_tensor(argument(args, kwargs, 1, "timestep"))
         return Call(sample.shape[0], float(timestep.flatten()[0]), (sample.shape[-2], sample.shape[-1]))
 
     def conditional_rows(self, batch: int) -> slice:
-        """Rows of a batch of the denoiser that see the prompt.
+        """Slice of the rows that see the prompt, in a denoiser call with ``batch`` rows.
 
-        With classifier-free guidance diffusers stacks ``[unconditional..., conditional...]``, and perturbed-attention
-        guidance appends a perturbed copy. The pipeline's state is read at each call, because guidance may end during a
-        run.
+        With classifier-free guidance, diffusers puts unconditional rows before the conditional rows in the same batch.
+        With perturbed-attention guidance, diffusers appends perturbed rows. Whether guidance is used is read from the
+        pipeline at each call, because guidance may end during a run.
 
         Parameters
         ----------
@@ -159,17 +171,18 @@ class UNetAdapter(PromptEncoder):
         Raises
         ------
         ModelError
-            Raised when the batch cannot be divided into those parts.
+            Raised when the rows cannot be divided into equal parts, one for each pass that diffusers stacks in the
+            batch.
         """
         return stacked_rows(self.pipe, batch, bool(getattr(self.pipe, "do_classifier_free_guidance", False)))
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the latent of an image of ``height`` x ``width`` pixels.
+        """Rows and columns of the latent for an image of ``height`` x ``width`` pixels.
 
         Raises
         ------
         SettingError
-            Raised when a side is not a positive multiple of ``vae_scale_factor``.
+            Raised when ``height`` or ``width`` is not a positive multiple of ``vae_scale_factor``.
         """
         factor = self.pipe.vae_scale_factor
         check_sides(height, width, factor)
@@ -184,7 +197,9 @@ class UNetAdapter(PromptEncoder):
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """Output of one conditional pass, differentiable if gradients are enabled.
+        """Output of the denoiser in one pass that sees the prompt.
+
+        The output is differentiable if gradients are enabled.
 
         Parameters
         ----------
@@ -193,18 +208,20 @@ class UNetAdapter(PromptEncoder):
         timestep : torch.Tensor, float or int
             The scheduler's timestep.
         conditioning : Conditioning
+            The encoded prompt.
 
         Returns
         -------
         torch.Tensor, (n, c, h, w)
-            Output of the model.
+            Output of the denoiser.
         """
         return self.denoiser(latents, timestep, **conditioning.rows(len(latents), latents.dtype), return_dict=False)[0]
 
     def _distilled(self, guidance_scale: float | None) -> dict[str, Any]:
-        """Argument ``timestep_cond`` of a guidance-distilled U-Net (latent consistency); empty for other U-Nets.
+        """Argument ``timestep_cond`` for a guidance-distilled U-Net (latent consistency), as a dictionary.
 
-        Its value is the embedding of ``guidance_scale``; None stands for the default scale of the pipeline's call.
+        The value of the argument is the embedding of the guidance scale. If ``guidance_scale`` is None, the default of
+        the pipeline's call is used. For a U-Net that is not guidance-distilled, the dictionary is empty.
         """
         width = self.pipe.unet.config.time_cond_proj_dim
         if width is None:
@@ -214,7 +231,9 @@ class UNetAdapter(PromptEncoder):
         return {"timestep_cond": embedding.to(self.pipe._execution_device)}
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """Self-attention layers, one for each of the given cross-attention layers, in the same block.
+        """Self-attention layers, one for each cross-attention layer in ``beside``.
+
+        The self-attention layer is in the same block as the cross-attention layer.
 
         Raises
         ------
@@ -230,20 +249,30 @@ class UNetAdapter(PromptEncoder):
         return seeded_noise(shape, generator, self.pipe._execution_device, dtype)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return the scale of the initial noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return the scale of the initial noise.
+
+        The first latents of a run are the result of `noise` times this scale. ``height`` and ``width`` are those of the
+        image in pixels.
+        """
         self.pipe.scheduler.set_timesteps(steps, device=self.pipe._execution_device)
         return float(self.pipe.scheduler.init_noise_sigma)
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from latents, (n, c, h, w), which may be those of an unfinished run."""
+        """Decode latents, (n, c, h, w), to images of ``height`` x ``width`` pixels.
+
+        The latents may come from any step of a run.
+        """
         return decoded(self.pipe, latents)
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Latents of an image, (1, c, h, w)."""
+        """Encode an image as latents, (1, c, h, w)."""
         return encoded(self.pipe, image)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Arguments that make the pipeline's call replace the latents by ``move(step, latents)`` after each step."""
+        """Arguments that make the pipeline's call replace the latents by ``move(step, latents)`` after each step.
+
+        ``step`` is the index of the completed step, counted from 0 along the scheduler's timesteps.
+        """
         return step_callback(move)
 
     def text_length(self) -> int:
@@ -251,14 +280,17 @@ class UNetAdapter(PromptEncoder):
         return int(self._tokenizer(self.pipe).model_max_length)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence of CLIP tokens."""
+        """Token sequence that the denoiser sees: the tokens of CLIP."""
         return (TextSequence(name="clip", tokenizer=self._tokenizer(self.pipe), offset=0, length=self.text_length()),)
 
 
 def seeded_noise(
     shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Gaussian noise as pipelines sample it; with a CPU generator it is the same on every device."""
+    """Gaussian noise, sampled as diffusers' pipelines sample it.
+
+    With a CPU generator, the noise is the same on every device.
+    """
     from diffusers.utils.torch_utils import randn_tensor
 
     noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
@@ -268,7 +300,8 @@ def seeded_noise(
 def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
     """Arguments that make a pipeline's call replace the latents by ``move(step, latents)`` after each step.
 
-    The arguments are ``callback_on_step_end`` and its tensor inputs; ``step`` is the index that diffusers passes to it.
+    The arguments are ``callback_on_step_end`` and ``callback_on_step_end_tensor_inputs``. ``step`` is the index that
+    diffusers passes to this callback.
     """
 
     def callback(pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -278,7 +311,10 @@ def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str
 
 
 def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
-    """Self-attention layer in the block of a cross-attention layer; raise a `ModelError` if the block has none."""
+    """Self-attention layer in the same block as ``beside``, a cross-attention layer of the denoiser.
+
+    Raise a `ModelError` if the block has no self-attention layer.
+    """
     name = beside.name.rpartition(".")[0] + ".attn1"
     module: Any
     try:
@@ -300,7 +336,10 @@ def check_sides(height: int, width: int, factor: int) -> None:
 
 
 def _layers(unet: Any) -> Iterator[AttentionLayer]:
-    """Yield the cross-attention layers in forward order (``named_modules`` would list the middle last)."""
+    """Yield the cross-attention layers of a U-Net in forward order.
+
+    The order of ``named_modules`` is different: it lists the middle block last.
+    """
     factor = 1
     for i, block in enumerate(unet.down_blocks):
         yield from _block_layers(block, f"down_blocks.{i}", "down", factor)

@@ -1,6 +1,6 @@
-"""Base of the families that generate videos, whose layers have a map for each frame.
+"""Base of the adapters for video pipelines, in which each layer has one map per frame.
 
-Runs of these families can be recorded and edited. `elakit.generate` and guidance methods do not support them.
+Runs of these pipelines can be recorded and edited. `elakit.generate` and guidance methods do not support them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from elakit.pipeline import TransformerPipeline
 class VideoPipeline(TransformerPipeline, Protocol):
     """Typing protocol of a video pipeline.
 
-    It adds to `TransformerPipeline` the other members that all adapters of videos use.
+    The protocol has all members of `TransformerPipeline`, and further members that all video adapters use.
     """
 
     vae_scale_factor_spatial: int
 
 
 class VideoAdapter(TransformerAdapter):
-    """Base of the families that generate videos.
+    """Base of the adapters for video pipelines.
 
-    A family describes its layers, its text, and where the denoiser's arguments state the number of frames (`_latent`).
+    The adapter of a family is a subclass. It describes the layers and the text of the family. Its method ``_latent``
+    finds the number of frames in the arguments of the denoiser.
     """
 
     pipe: VideoPipeline
@@ -45,20 +46,23 @@ class VideoAdapter(TransformerAdapter):
         return None
 
     def _latent(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Number of frames, and rows and columns of the latent, in a call of the denoiser.
+        """Number of frames, rows of the latent, and columns of the latent, found from the arguments of a denoiser call.
 
-        The frames are those for which a layer has maps: if patches extend over several frames of the latent, these
-        count as one. Rows and columns are those before the latent is divided into patches.
+        A layer has one map for each of these frames. If patches extend over several frames of the latent, the frames of
+        one patch count as a single frame. Rows and columns are those of the latent before it is divided into patches.
         """
         raise NotImplementedError
 
     def _grid(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        """Rows and columns of patches of a frame in a call of the denoiser."""
+        """Number of rows and columns of patches in one frame, found from the arguments of a denoiser call."""
         _, rows, columns = self._latent(args, kwargs)
         return rows // self._patch, columns // self._patch
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep, latent size and frames of a call of the transformer."""
+        """Batch size, timestep, latent size and number of frames of a denoiser call.
+
+        They are found from ``args`` and ``kwargs``, the arguments of the call.
+        """
         frames, rows, columns = self._latent(args, kwargs)
         batch = argument(args, kwargs, 0, "hidden_states").shape[0]
         timestep = float(torch.as_tensor(kwargs["timestep"]).flatten()[0])
@@ -66,16 +70,21 @@ class VideoAdapter(TransformerAdapter):
 
     @property
     def _side_factor(self) -> int:
-        """Side of a frame in pixels divided by that of the latent."""
+        """Height of a frame in pixels, divided by the number of rows of the frame's latent.
+
+        The factor is the same for the width.
+        """
         return int(self.pipe.vae_scale_factor_spatial)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the latent of frames of ``height`` x ``width`` pixels, before division into patches.
+        """Rows and columns of the latent for a video with frames of ``height`` x ``width`` pixels.
+
+        This is the size of the latent before it is divided into patches.
 
         Raises
         ------
         SettingError
-            Raised when a side is not a positive multiple of the product of the autoencoder's spatial factor and the
+            Raised when ``height`` or ``width`` is not a positive multiple of the autoencoder's spatial factor times the
             patch size.
         """
         check_sides(height, width, self._side_factor * self._patch)
@@ -86,7 +95,10 @@ class VideoAdapter(TransformerAdapter):
         return call_default(self.pipe, "height"), call_default(self.pipe, "width")
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """Raise a `ModelError`, because the self-attention of a video is among the locations of all frames."""
+        """Raise a `ModelError`, because the self-attention of video models is not supported.
+
+        In a video model, each location attends to the locations of all frames.
+        """
         raise ModelError(
             f"The self-attention of {self.family} is among the locations of all frames, which is not supported. "
             f"{WITHOUT_SELF}"

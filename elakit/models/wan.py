@@ -1,4 +1,4 @@
-"""Wan: video transformer with cross-attention to the states of a multilingual T5."""
+"""Wan: a video transformer with cross-attention to the text states of a multilingual T5."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _TWO = (
 
 
 class Wan(SeparateNegative, VideoAdapter):
-    """Adapter of Wan text-to-video pipelines with one transformer (Wan 2.1, Wan 2.2 TI2V-5B).
+    """Adapter through which elakit reads Wan text-to-video pipelines.
 
-    With classifier-free guidance, the pipeline makes a second denoiser call for the negative prompt. That call is not
-    recorded.
+    Pipelines with one transformer are supported (Wan 2.1, Wan 2.2 TI2V-5B). With classifier-free guidance, the pipeline
+    makes a second denoiser call for the negative prompt. That call is not recorded.
 
     Parameters
     ----------
@@ -38,13 +38,16 @@ class Wan(SeparateNegative, VideoAdapter):
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
-        """Reason why a pipeline is not of this family; None if it is."""
+        """Reason why this family does not support a pipeline; None if the pipeline is supported."""
         two = getattr(pipe, "transformer_2", None) is not None
         return super().refusal(pipe) or (_TWO if two else None)
 
     @classmethod
     def refusal_of_index(cls, index: Mapping[str, Any]) -> str | None:
-        """Same as `refusal`, from a ``model_index.json``."""
+        """Reason why this family does not support a model; None if the model is supported.
+
+        ``index`` is the content of the model's ``model_index.json``. Weights are not needed for this decision.
+        """
         two = (index.get("transformer_2") or [None, None])[1] is not None
         return super().refusal_of_index(index) or (_TWO if two else None)
 
@@ -64,12 +67,16 @@ class Wan(SeparateNegative, VideoAdapter):
         return Layout(self._grid(args, kwargs), 0, (0, text), self._latent(args, kwargs)[0])
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep, latent size and frames of a call of the transformer, and whether it sees the prompt."""
+        """Batch size, timestep, latent size and number of frames of a denoiser call.
+
+        They are found from ``args`` and ``kwargs``, the arguments of the call. The result also states whether the call
+        sees the prompt or the negative prompt.
+        """
         negative = self._is_negative(argument(args, kwargs, 2, "encoder_hidden_states"))
         return replace(super().read_call(args, kwargs), conditional=not negative)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence of T5 tokens, followed by padding whose states are zeros."""
+        """Token sequence that the denoiser sees: the tokens of T5, then padding, whose text states are zeros."""
         tokenizer, length = self.pipe.tokenizer, self._t5_length()
         return (TextSequence(name="umt5", tokenizer=tokenizer, offset=0, length=length, read=self._as_read),)
 

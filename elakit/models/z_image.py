@@ -1,4 +1,4 @@
-"""Z-Image: single-stream blocks over one sequence of image patches and the states of a language model."""
+"""Z-Image: a transformer over one sequence, the image patches and then the text states of a language model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _MULTIPLE = 32  # image and text are each padded to a multiple of it, by learned
 
 
 class ZImage(TransformerAdapter):
-    """Adapter of Z-Image pipelines.
+    """Adapter through which elakit reads and runs Z-Image pipelines.
 
-    The sequence consists of the image, then the text, each padded to a multiple of 32 positions. Padding of the text
-    counts as end-of-text. With classifier-free guidance, which the pipeline uses at every scale above 0, a batch is
-    ``[conditional..., unconditional...]``.
+    Image and text form one sequence, in which the image comes first. Image and text are each padded to a multiple of 32
+    positions. The padding of the text counts as end-of-text. The pipeline uses classifier-free guidance at every scale
+    above 0. A batch is then ``[conditional..., unconditional...]``.
 
     Parameters
     ----------
@@ -62,7 +62,10 @@ class ZImage(TransformerAdapter):
         return Layout((rows, columns), 0, (_padded(rows * columns), _padded(text)))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call, whose images and texts are lists with one entry per row."""
+        """Batch size, timestep and latent size of a denoiser call, found from the arguments of the call.
+
+        In these arguments, the images and the texts are lists with one entry per row.
+        """
         images, texts = argument(args, kwargs, 0, "x"), argument(args, kwargs, 2, "cap_feats")
         negative = {id(one) for one in running(self.pipe).get("negative_prompt_embeds") or ()}
         self._conditional = sum(id(one) not in negative for one in texts)
@@ -75,18 +78,19 @@ class ZImage(TransformerAdapter):
         )
 
     def conditional_rows(self, batch: int) -> slice:
-        """Rows that see the prompt: the first n rows of the batch.
+        """Slice of the rows that see the prompt: the first n rows of the batch.
 
-        n is the number of texts in the latest denoiser call that are not negative prompts.
+        n is the number of rows that had the prompt as their text in the latest denoiser call.
         """
         return slice(0, min(batch, getattr(self, "_conditional", batch)))
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of a denoiser call, by name: ``given``, with ``states`` as the text and one patch as the image.
+        """Arguments, by name, of a denoiser call with another text and with only one patch of the image.
 
-        `elakit.attention.map_concepts` makes this second call after the run's own. In each layer of the second call, it
-        replaces the patch's keys and values by those of the whole image, which it kept from the run's own call.
-        ``states`` and ``positions`` are those of `TransformerAdapter.text_call`.
+        ``given`` are the arguments of a denoiser call of the run. After that call, `elakit.attention.map_concepts`
+        makes the new call with the returned arguments. In each layer, `map_concepts` replaces the keys and values of
+        the patch by the keys and values that the whole image had in the run's call. ``states``, (tokens, channels), are
+        the text states of the new call. ``positions`` is not used.
         """
         patches = [image[..., : self._patch, : self._patch] for image in given["x"]]
         return given | {"x": patches, "cap_feats": [states.to(patches[0].dtype)] * len(patches)}
@@ -96,10 +100,7 @@ class ZImage(TransformerAdapter):
         return 1024, 1024  # of the pipeline's call; the model has no size of its own
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence with the tokens of the prompt in the model's chat template, including the template.
-
-        The tokenizer's padding does not reach the denoiser.
-        """
+        """One sequence of tokens: the model's chat template with the prompt in it, without padding."""
 
         def render(prompt: str) -> str:
             chat = [{"role": "user", "content": prompt}]
@@ -112,7 +113,7 @@ class ZImage(TransformerAdapter):
         return (chat_sequence("chat", self.pipe.tokenizer, render, length=self._t5_length(), padded=False),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states, one tensor per row, without padding."""
+        """Encode a prompt; the result contains its text states without padding, as a list of one tensor."""
         scale = self._scale(prompt.guidance_scale)
         embeds, negative_embeds = self.pipe.encode_prompt(
             prompt.text,
@@ -125,20 +126,23 @@ class ZImage(TransformerAdapter):
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """Output of one conditional pass, differentiable if gradients are enabled.
+        """Output of the denoiser for latents, in one pass that sees the prompt.
+
+        The output is differentiable if gradients are enabled.
 
         Parameters
         ----------
         latents : torch.Tensor, (n, c, h, w)
-            Latents, which are converted to the model's precision.
+            Latents of n images, in any floating-point precision.
         timestep : torch.Tensor, float or int
-            The scheduler's timestep.
+            Timestep of the scheduler.
         conditioning : Conditioning
+            The encoded prompt.
 
         Returns
         -------
         torch.Tensor, (n, c, h, w)
-            Output of the model.
+            Output of the denoiser for each image.
         """
         typed = latents.to(self.denoiser.dtype)  # type: ignore[arg-type]
         outputs = self.denoiser(
@@ -150,7 +154,10 @@ class ZImage(TransformerAdapter):
         return torch.stack(list(outputs)).squeeze(2)
 
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
-        """Time from 0 (noise) to 1 (image), which the model receives instead of a timestep."""
+        """Time that the model receives instead of the scheduler's ``timestep``: 0 for pure noise, 1 for the image.
+
+        The result has one value for each row of ``latents``.
+        """
         return (1000 - super()._given(timestep, latents)) / 1000
 
     @property
@@ -162,7 +169,10 @@ class ZImage(TransformerAdapter):
         return int(self.pipe.transformer.in_channels)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1, the scale of the initial noise.
+
+        The timesteps depend on the number of steps, and on the height and the width of the image in pixels.
+        """
         self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
 

@@ -42,39 +42,43 @@ def agreement(
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """Attention of each entity at several steps compared with the entity's mask in the finished image.
+    """Compare the attention map of each entity, at several steps, with the entity's mask in the finished image.
 
-    Each row shows one entity. Its first panel is the image with the outline of the entity's mask. Each further panel
-    shows one step: the image in gray, the entity's attention map over it, the outline, the edge of the map's Otsu mask
-    (dotted) and the map's maximum (dot). The curves below the rows show the measures of agreement (IoU, AUC, pointing)
-    at every step.
+    Each row shows one entity. The first panel of a row is the image with the outline of the entity's mask. Every
+    further panel shows the entity's map at one step, over the image in gray, with the same outline. A dotted line
+    encloses the locations above Otsu's threshold, and a dot marks the maximum of the map.
+
+    Curves below the rows show three measures at every step. IoU is the intersection over union of the mask and the
+    locations above Otsu's threshold. AUC is the area under the ROC curve of the map as a predictor of the mask.
+    Pointing is 1 if the maximum lies in the mask, else 0.
 
     Parameters
     ----------
     run : Run
         A recorded run.
     truth : Verdict or DataArray, bool (entity, y, x), optional
-        Mask of each entity in the finished image, at any resolution; by default the masks that the judge found
+        Mask of each entity in the finished image, at any resolution. Default: the masks that the judge found
         (``run.verdict``).
     steps : int or sequence of int
-        Number of steps to show, evenly spaced from the first to the last (all if the run has fewer), or a list of
-        steps, counted from 0.
+        An int is the number of steps to show, evenly spaced from the first to the last. If fewer steps are available,
+        all are shown. A list names the steps to show, counted from 0.
     panel : int, optional
         Width of a panel in pixels; by default a row is at most 860 pixels wide.
     title : str, optional
-        Title, "" for none; by default one that names the figure and the method.
+        Title of the figure, or "" for no title. Default: a title that names the figure and the method.
 
     Returns
     -------
     plotly.graph_objects.Figure
+        The figure contains one heatmap per entity and step, named after the entity.
 
     Raises
     ------
     RecordingError
         The run was not recorded.
     SettingError
-        No `truth` is given and the judge cannot judge the image, `truth` has other entities or another aspect ratio, or
-        a step was not recorded.
+        The masks of the judge are needed, but the judge cannot judge the image; `truth` has other entities or another
+        aspect ratio than the run; or a step was not recorded.
 
     Examples
     --------
@@ -141,14 +145,17 @@ def _share(mask: np.ndarray) -> str:
 
 
 def _numbers(frame: pd.DataFrame, step: int, label: str, panel: int) -> str:
-    """IoU and, if there is space, AUC of a map; empty for an entity that is not in the image."""
+    """Text with the IoU of a map and, if the panel is wide enough, the AUC.
+
+    The text is empty for an entity that is not in the image.
+    """
     part = frame[(frame["step"] == step) & (frame["entity"] == label)].set_index("measure")["value"]
     numbers = [("IoU", part["truth_iou"]), ("AUC", part["truth_auc"])][: 2 if panel >= 110 else 1]
     return ", ".join(f"{name} {value:.2f}" for name, value in numbers if not np.isnan(value))
 
 
 def _below(made: style.Panels, row: int, column: int, text: str, rows: int, columns: int) -> None:
-    """Add centered text below a panel, which shows a map of `rows` x `columns` locations.
+    """Add centered text below a panel. The panel shows a map of `rows` x `columns` locations.
 
     `row` and `column` give the place of the panel in the figure, counted from 1.
     """
@@ -158,9 +165,9 @@ def _below(made: style.Panels, row: int, column: int, text: str, rows: int, colu
 
 
 def _outline(mask: np.ndarray, rows: int, columns: int) -> tuple[list[float | None], list[float | None]]:
-    """Edges of a mask as closed lines, x and y, in the coordinates of a map of `rows` by `columns` locations.
+    """Outline of a mask as closed lines, in the coordinates of a map of `rows` x `columns` locations.
 
-    None separates lines.
+    The result is a list of x and a list of y. In both lists, the value None separates two lines.
     """
     high, wide = mask.shape
     if max(high, wide) > _TRACED:
@@ -195,7 +202,7 @@ def _draw_outline(
 
 
 def _draw_otsu(made: style.Panels, row: int, column: int, values: np.ndarray, color: str) -> None:
-    """Add the dotted edge of the locations above Otsu's threshold, along the borders of the locations."""
+    """Add a dotted line around the locations of a map whose values are above Otsu's threshold."""
     x: list[float | None] = []
     y: list[float | None] = []
     mask = np.pad(otsu_masks(values), 1)
@@ -213,7 +220,7 @@ def _draw_otsu(made: style.Panels, row: int, column: int, values: np.ndarray, co
 
 
 def _draw_peak(made: style.Panels, row: int, column: int, values: np.ndarray, color: str) -> None:
-    """Add a dot on each location with the map's maximum; none on a constant map."""
+    """Add a dot on each location that has the maximum of the map. A constant map gets no dot."""
     peaks = np.argwhere(values == values.max()) if np.ptp(values) > 0 else np.empty((0, 2))
     marker = {"size": 9, "color": color, "line": {"color": "#ffffff", "width": 2}}
     trace = {
@@ -226,7 +233,10 @@ def _draw_peak(made: style.Panels, row: int, column: int, values: np.ndarray, co
 def _draw_curves(
     made: style.Panels, row: int, frame: pd.DataFrame, colors: dict[str, str], chosen: Sequence[int], height: float
 ) -> None:
-    """Plot each measure at every step, side by side in the last row; dotted lines mark the steps of the maps."""
+    """Plot the curves of each measure over the steps, one panel per measure, side by side in the row `row`.
+
+    A panel has one curve per entity. Dotted vertical lines mark the steps in `chosen`, whose maps the figure shows.
+    """
     inner, whole = made.inner
     width = (inner - (len(_MEASURES) - 1) * _CURVE_GAP) / len(_MEASURES)
     up = [0, max(0.4 * height, height - _HEADING) / whole]

@@ -38,10 +38,11 @@ def save_animation(
     speed: float = 4,
     panel: int = 256,
 ) -> Path:
-    """Write an animation of the entities' maps and regions over the steps.
+    """Write a file with an animation of the entities' attention maps and regions over the steps.
 
-    Each frame shows the attention maps of the entities on the left, in the colors of the entities and scaled to the
-    maximum of each entity over all steps, and on the right their regions on the finished image.
+    Each frame shows one step. The left panel shows the attention maps, each in the color of its entity. The maps of an
+    entity are divided by their maximum over all steps. The right panel shows the regions over the finished image in
+    gray.
 
     Parameters
     ----------
@@ -50,14 +51,15 @@ def save_animation(
     path : str or Path
         File to write; the suffix is ``.gif`` or ``.mp4``. A file that exists is replaced.
     source : {"recording", "guidance"}
-        Source of the regions, as in `region_evolution`.
+        Source of the regions. "recording": regions localized in the recorded maps. "guidance": the regions that the
+        guidance method used.
     steps : int or sequence of int, optional
-        Number of steps to show, evenly spaced from the first to the last (all if there are fewer), or a list of
-        steps, counted from 0; by default all.
+        An int is the number of steps to show, evenly spaced from the first to the last. If fewer steps are available,
+        all are shown. A list names the steps to show, counted from 0. Default: all steps.
     speed : float
-        Steps per second, 0.1 to 50.
+        Number of steps shown per second, from 0.1 to 50.
     panel : int
-        Width of a panel in pixels, 32 to 2048.
+        Width of a panel in pixels, from 32 to 2048.
 
     Returns
     -------
@@ -69,7 +71,7 @@ def save_animation(
     RecordingError
         The run was not recorded.
     SettingError
-        An option is invalid, a step was not recorded, or guidance used no regions.
+        An option is invalid, a step was not recorded, or the requested regions of guidance do not exist.
     OutputError
         The path has another suffix, imageio-ffmpeg is not installed (for MP4), or the file cannot be written.
 
@@ -144,7 +146,10 @@ def _lines(labels: Sequence[str], width: float, font: ImageFont.FreeTypeFont | I
 
 
 def _mask(share: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """Opacities, 0 to 1, as a grayscale image of the given size, enlarged without smoothing."""
+    """Convert an array of opacities, from 0 to 1, to a grayscale image.
+
+    The image is resized to `size`, (width, height) in pixels, without smoothing.
+    """
     return Image.fromarray(np.rint(255 * np.asarray(share, float)).astype(np.uint8)).resize(
         size, Image.Resampling.NEAREST
     )

@@ -36,8 +36,8 @@ def data_uri(image: Image.Image, most: int | None = None) -> str:
     ----------
     image : PIL.Image.Image
     most : int, optional
-        Maximum length of the longer side in pixels, to which a larger image is reduced before it is encoded. By default
-        the size is kept.
+        Maximum length of the longer side in pixels. A larger image is reduced to this length before it is encoded.
+        Default: the size is kept.
 
     Returns
     -------
@@ -64,9 +64,11 @@ def _encoded(image: Image.Image, kind: str) -> str:
 def figure_uri(image: Image.Image) -> str:
     """Image as a data URI for a figure, enlarged if it is small and reduced if it is large.
 
-    All numbers of pixels are those of the longer side. An image of up to 128 pixels is enlarged by the largest whole
-    factor that gives at most 256 pixels; an image of more than 512 pixels is reduced to 512. If the result has at most
-    256 pixels, it is encoded as lossless WebP, which takes a quarter less space than PNG, otherwise as JPEG.
+    Sizes are lengths of the longer side. An image of at most 128 pixels is enlarged by the largest whole factor for
+    which the result has at most 256 pixels. An image of more than 512 pixels is reduced to 512 pixels.
+
+    A result of at most 256 pixels is encoded as lossless WebP, which takes a quarter less space than PNG. A larger
+    result is encoded as JPEG.
     """
     image = _enlarged(image.convert("RGB")).copy()
     image.thumbnail((512, 512), Image.Resampling.LANCZOS)
@@ -74,10 +76,10 @@ def figure_uri(image: Image.Image) -> str:
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """Enlarge an image of up to 128 pixels by the largest whole factor that gives at most 256; return others unchanged.
+    """Enlarge a small image by a whole factor, and return any other image unchanged.
 
-    The pixels are those of the longer side. Browsers smooth the images of plotly figures, so that without this, the
-    pixels of small images would be blurred.
+    A small image is at most 128 pixels long on its longer side. The factor is the largest for which this side becomes
+    at most 256 pixels long. Without the enlargement, browsers would blur small images in plotly figures.
     """
     factor = LOSSLESS_SIDE // max(image.size)
     if factor < 2:
@@ -102,15 +104,16 @@ def images(
     Parameters
     ----------
     *runs : Run
+        Runs whose images are shown.
     columns : int
         Maximum number of images per row.
     panel : int
         Width of an image in pixels.
     names : sequence of str, optional
-        Heading of each image; by default "plain" or the display name of its method, such as "ELA", with the seed if
-        several runs have the same name.
+        Heading of each image. Default: "plain" for a plain run, otherwise the name of the method, such as "ELA". If
+        several runs have the same name, their headings also state the seed.
     title : str, optional
-        Title, "" for none; by default the prompt of the first run.
+        Title of the figure, or "" for no title. Default: the prompt of the first run.
 
     Returns
     -------
@@ -162,19 +165,19 @@ def entity_maps(
 ) -> go.Figure:
     """Attention map of each entity as an overlay on the finished image.
 
-    Each row shows one run: the image, then for every entity the image in gray with the entity's map over it. An entity
-    has the same color scale in all rows, so a paler map has weaker attention.
+    Each row shows one run. The first panel of a row is the image. Every further panel shows the map of one entity, over
+    the image in gray. All maps of one entity share a color scale, so a paler map has weaker attention.
 
     Parameters
     ----------
     run, *others : Run
         Recorded runs of one prompt.
     step : int, optional
-        One step, counted from 0 (negative numbers count back from the last); by default the mean over all steps.
+        Step to show, counted from 0. Negative numbers count back from the last step. Default: the mean over all steps.
     panel : int, optional
         Width of a panel in pixels; by default a row is at most 860 pixels wide.
     title : str, optional
-        Title, "" for none; by default "Attention of each entity".
+        Title of the figure, or "" for no title. Default: "Attention of each entity".
 
     Returns
     -------

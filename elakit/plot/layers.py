@@ -30,28 +30,32 @@ def bleeding_by_layer(
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """Measure of bleeding as a matrix, with one row per layer, the first at the top, and one column per head or step.
+    """Show a measure of bleeding as a matrix with one row per layer, and one column per head or per step.
+
+    The first layer is at the top. Each entry is the mean of all values in the table for its layer and its head, or for
+    its layer and its step.
 
     Parameters
     ----------
     table : DataFrame
-        Table with the columns layer, head, step, measure and value, and optionally order (position of the layer in the
-        network), as `elakit.causes.profile` returns it. Values that differ only in other columns, such as entity, and
-        in the dimension that is not shown (step or head) are averaged.
+        Table with the columns layer, head, step, measure and value, as `elakit.causes.profile` returns it. The optional
+        column "order" is the position of the layer in the network. Without this column, the layers keep the order of
+        the table.
     measure : str
-        Name of a measure in the column "measure".
+        Name of the measure to show, one of the values in the column "measure".
     across : {"head", "step"}, optional
-        Whether the matrix has one column per head or per step; by default "head" if the table has several heads, else
-        "step".
+        Columns of the matrix: "head" for one column per head, "step" for one column per step. Default: "head" if the
+        table has several heads, else "step".
     panel : int, optional
         Width of the matrix in pixels; by default the figure is at most 860 pixels wide.
     title : str, optional
-        Title, "" for none; by default one that names the measure.
+        Title of the figure, or "" for no title. Default: a title that names the measure.
 
     Returns
     -------
     plotly.graph_objects.Figure
-        Matrix, with the mean of each layer in a separate column at the right.
+        Matrix, with the mean of each layer in a separate column at the right. An entry without values is NaN, and is
+        left blank.
 
     Raises
     ------
@@ -111,7 +115,10 @@ def bleeding_by_layer(
 
 
 def _chosen(table: pd.DataFrame, measure: str, across: Across | None) -> tuple[pd.DataFrame, Across]:
-    """Rows of the table that have the measure, in the order of the layers, and the dimension that columns show."""
+    """Rows of the table for one measure, in the order of the layers, and the dimension of the matrix columns.
+
+    The dimension is "head" or "step". If `across` is None, it is "head" if the table has several heads, else "step".
+    """
     needed = ("layer", "head", "step", "measure", "value")
     if missing := [name for name in needed if name not in table]:
         raise SettingError(
@@ -132,7 +139,11 @@ def _chosen(table: pd.DataFrame, measure: str, across: Across | None) -> tuple[p
 
 
 def _labels(layers: list[str]) -> list[str]:
-    """Short names of layers: encoder, middle or decoder, and the numbers in which their names differ."""
+    """Short names of layers: "encoder", "middle" or "decoder", followed by numbers from the layer's full name.
+
+    Numbers that are equal in all encoder layers, or in all decoder layers, are left out. If a layer is in none of the
+    three places, all layers keep their full names, cut to 40 characters.
+    """
     places = [next((words for name, words in _PLACES.items() if layer.startswith(name)), "") for layer in layers]
     if not all(places):
         return [style.escape(style.shorten(layer, 40)) for layer in layers]

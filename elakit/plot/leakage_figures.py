@@ -35,21 +35,21 @@ def leakage(
 ) -> go.Figure:
     """Leakage matrix: share of each entity's attention in every region.
 
-    Rows are entities; columns are the entities' regions and the background. Rows sum to 1. Without bleeding, every
-    entry of the diagonal is 1.
+    Each row is an entity. The columns are the entities' regions and, last, the background. Each row sums to 1. Without
+    bleeding, every entry of the diagonal is 1.
 
     Parameters
     ----------
     run, *others : Run, or a sequence of Run
         Recorded runs of one prompt, which are shown side by side.
     step : int, optional
-        One step, counted from 0 (negative numbers count back from the last); by default the mean over all steps.
+        Step to show, counted from 0. Negative numbers count back from the last step. Default: the mean over all steps.
     attributes : bool
         Add a row for each attribute of the prompt, such as "red (of car)".
     panel : int, optional
         Width of a matrix in pixels; by default all matrices together fit into 860 pixels.
     title : str, optional
-        Title, "" for none; by default "Share of each entity's attention by region".
+        Title of the figure, or "" for no title. Default: "Share of each entity's attention by region".
 
     Returns
     -------
@@ -113,9 +113,10 @@ def leakage(
 
 
 def _matrix(run: Run, attributes: bool) -> xr.DataArray:
-    """Leakage of entities and, with `attributes`, of attributes, (step, row, region).
+    """Leakage matrix of a run, with the dimensions (step, row, region).
 
-    The coordinate "owner" (row) is the entity of the row: the entity itself, or the entity that has the attribute.
+    The rows are the entities. If `attributes` is True, one row per attribute follows. The coordinate "owner" of a row
+    is the entity itself, or the entity that the attribute describes.
     """
     bleeding = run.bleeding
     entities = bleeding.leakage.rename(entity="row")
@@ -151,9 +152,12 @@ def _print_values(made: style.Panels, values: np.ndarray, column: int) -> None:
 
 
 def _frame_own(made: style.Panels, matrix: xr.DataArray, column: int) -> None:
-    """Add a frame around one entry of each row: the share in the region of the row's entity ("owner" in `_matrix`).
+    """Add a frame around one entry in each row of a leakage matrix: the share in the row's own region.
 
-    The frame has the color of this entity. `column` is the column of the panel, counted from 1.
+    The own region of an entity is its region. The own region of an attribute is the region of the entity that the
+    attribute describes. The frame has the color of the entity.
+
+    `column` is the column of the panel in the figure, counted from 1.
     """
     regions = [str(label) for label in matrix.region.values]
     colors = style.entity_colors(regions[:-1])
@@ -171,23 +175,23 @@ def bleeding_over_steps(
     height: int = 240,
     title: str | None = None,
 ) -> go.Figure:
-    """Measures of bleeding at every step, averaged over entities; one panel per measure.
+    """Curves of bleeding over the steps, averaged over entities, with one panel per measure and one curve per run.
 
-    Runs of one method share a color. If a method has several runs, each is a thin line and their mean is a thick one.
-    The range from the first to the last guided step of all runs is shaded.
+    Runs of one method share a color. If a method has several runs, their curves are thin, and a thick curve shows the
+    mean of these runs. Shading extends from the first step to the last step that is guided in any run.
 
     Parameters
     ----------
     runs, *others : Run, or a sequence of Run
         Recorded runs.
     measures : sequence of str
-        Names from the column "measure" of ``run.bleeding.to_frame()``.
+        Names of measures, from the column "measure" of ``run.bleeding.to_frame()``.
     width : int, optional
         Width of a panel in pixels; by default the figure is at most 860 pixels wide.
     height : int
         Height of a panel in pixels.
     title : str, optional
-        Title, "" for none; by default "Bleeding at each step, mean over entities".
+        Title of the figure, or "" for no title. Default: "Bleeding at each step, mean over entities".
 
     Returns
     -------

@@ -14,20 +14,22 @@ from elakit.plot import style
 
 
 def at_step(values: xr.DataArray, step: int | None) -> tuple[xr.DataArray, str]:
-    """Values at one step, or their mean over the steps, and a caption that states which of the two they are.
+    """Select one step of an array, or average the array over its steps, and return the result with a caption.
 
     Parameters
     ----------
     values : DataArray, (step, ...)
+        Values at the recorded steps.
     step : int, optional
-        Number of a recorded denoising step, counted from 0; -1 is the last recorded step, -2 the one before it. None
-        takes the mean over all recorded steps.
+        Step to select, counted from 0. Negative numbers count back from the last recorded step. Default: the mean over
+        all recorded steps.
 
     Returns
     -------
     values : DataArray, (...)
+        Values at the step, or their mean over the steps.
     caption : str
-        Caption, for example "Step 3." (steps count from 1 here) or "Mean over the steps."
+        Caption for a figure, such as "Step 3." or "Mean over the steps." Steps in captions count from 1.
 
     Raises
     ------
@@ -37,8 +39,12 @@ def at_step(values: xr.DataArray, step: int | None) -> tuple[xr.DataArray, str]:
     Examples
     --------
     >>> values = xr.DataArray([1.0, 3.0], dims="step", coords={"step": [0, 1]})
-    >>> [(float(chosen), caption) for chosen, caption in (at_step(values, None), at_step(values, -1))]
-    [(2.0, 'Mean over the steps.'), (3.0, 'Step 2.')]
+    >>> mean, caption = at_step(values, None)
+    >>> float(mean), caption
+    (2.0, 'Mean over the steps.')
+    >>> last, caption = at_step(values, -1)
+    >>> float(last), caption
+    (3.0, 'Step 2.')
     """
     if step is None:
         return values.mean("step"), "Mean over the steps."
@@ -47,18 +53,19 @@ def at_step(values: xr.DataArray, step: int | None) -> tuple[xr.DataArray, str]:
 
 
 def labels_of_one_prompt(labels: Iterable[Iterable[Any]], what: str) -> list[str]:
-    """Labels of the entities of a figure, after a check that all its runs have the same entities.
+    """Check that all runs of a figure have the same labels of entities, and return these labels.
 
     Parameters
     ----------
     labels : iterable of iterable
-        Labels of each run.
+        One item per run: the labels of the run's entities, or of their regions.
     what : str
-        Name of the function that makes the figure, for the message.
+        Name of the function that makes the figure, for the error message.
 
     Returns
     -------
     list of str
+        The labels that all runs have.
 
     Raises
     ------
@@ -77,27 +84,27 @@ def labels_of_one_prompt(labels: Iterable[Iterable[Any]], what: str) -> list[str
 
 
 def tint(values: np.ndarray, largest: float, color: str, label: str, where: str, **more: Any) -> dict[str, Any]:
-    """Heatmap trace in one color whose opacity grows with the value, for attention over an image.
+    """Plotly heatmap that shows an attention map in one color over an image; larger values are more opaque.
 
     Parameters
     ----------
     values : ndarray, (y, x)
-        Probabilities.
+        Attention map, as probabilities.
     largest : float
-        Value that is shown in the full color; 0 for a map of zeros.
+        Value that is shown with the highest opacity. It may be 0 if all values are 0.
     color : str
-        Hexadecimal color.
+        Color in hexadecimal form, such as "#E69F00".
     label : str
         Name of the trace.
     where : str
-        Beginning of the hover text.
+        First line of the text that appears when the mouse is over a location.
     **more
-        Further properties of the trace.
+        Further properties of the plotly trace.
 
     Returns
     -------
     dict
-        Trace with the properties that plotly expects.
+        Properties of the plotly trace.
     """
     return {
         "type": "heatmap",

@@ -34,19 +34,22 @@ def method_comparison(summary: pd.DataFrame, *, panel: int | None = None, title:
     Parameters
     ----------
     summary : DataFrame
-        One row per method, as `elakit.sweep.summary` returns it. success, fixed and broken are shares, 0 to 1. seconds
-        is the generation time divided by that of plain generation. Each of these columns is also needed with the
-        suffixes _low and _high, the ends of the whiskers. p_holm is optional.
+        One row per method, as `elakit.sweep.summary` returns it. The columns success, fixed and broken are shares, from
+        0 to 1. The column "seconds" is the generation time divided by the time of plain generation.
+
+        For each of these four columns, two further columns have the suffixes "_low" and "_high": the ends of an
+        interval, shown as whiskers. The column "p_holm" is optional: the p-value of the difference in success
+        between the method and plain generation.
     panel : int, optional
         Width of a panel in pixels; by default the figure is at most 860 pixels wide.
     title : str, optional
-        Title, "" for none; by default one that states the number of methods, including plain generation.
+        Title of the figure, or "" for no title. Default: a title that states how many methods are compared.
 
     Returns
     -------
     plotly.graph_objects.Figure
-        Filled dots are methods whose success differs significantly from that of plain generation (``p_holm`` below
-        0.05), and plain generation itself.
+        Each panel has one dot per method. A dot is filled if the success of the method differs significantly from that
+        of plain generation (``p_holm`` below 0.05). The dots of plain generation are always filled.
 
     Raises
     ------
@@ -57,10 +60,10 @@ def method_comparison(summary: pd.DataFrame, *, panel: int | None = None, title:
     --------
     >>> import pandas as pd
     >>> from elakit import sweep
-    >>> methods, success = ["plain", "ela"] * 3, [0, 1, 0, 1, 1, 1]
-    >>> table = pd.DataFrame({"prompt": list("aabbcc"), "method": methods, "success": success})
-    >>> [round(float(x), 2) for x in method_comparison(sweep.summary(table)).data[0].x]
-    [0.33, 1.0]
+    >>> table = pd.DataFrame({"prompt": ["a", "a", "b", "b"], "method": ["plain", "ela", "plain", "ela"],
+    ...     "success": [0, 1, 1, 1]})
+    >>> [float(x) for x in method_comparison(sweep.summary(table)).data[0].x]
+    [0.5, 1.0]
     """
     needed = [f"{name}{end}" for name in _PANELS for end in ("", "_low", "_high")]
     if missing := [name for name in needed if name not in summary]:
@@ -114,13 +117,19 @@ def _is_plain(name: object) -> bool:
 
 
 def _ordered(summary: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the summary: plain generation first, then by descending success; unjudged methods keep their order."""
+    """Summary with sorted rows: plain generation first, then the methods in descending order of success.
+
+    Methods without judged images come last, in the order of the summary.
+    """
     keys = [(not _is_plain(name), -value) for name, value in summary["success"].fillna(-1).items()]
     return summary.iloc[sorted(range(len(keys)), key=keys.__getitem__)]
 
 
 def _plains(found: pd.DataFrame, plain: list[bool]) -> float | None:
-    """Success of plain generation, if exactly one row is plain generation; else None."""
+    """Success of plain generation, or None if it is unknown, or if several rows are plain generation.
+
+    `plain` states for each row whether the row is plain generation.
+    """
     values = found["success"].to_numpy(dtype=float)[plain]
     return float(values[0]) if len(values) == 1 and not np.isnan(values[0]) else None
 
@@ -149,10 +158,11 @@ def _dots(
 
 
 def _scale(found: pd.DataFrame, name: str) -> dict[str, Any]:
-    """Axis of the panel of column `name`: linear for shares; linear or logarithmic for "seconds".
+    """Axis of the panel that shows the column `name` of the summary.
 
-    The values of "seconds" are durations divided by the duration of plain generation. Their axis is logarithmic if a
-    value, or the upper end of its interval, is above 6.
+    The axis is linear for shares. The values of "seconds" are durations divided by the duration of plain generation.
+    The axis of "seconds" is logarithmic if any value, or the upper end of any interval, is above 6. Otherwise, it is
+    linear.
     """
     axis: dict[str, Any] = {"gridcolor": style.RULE, "zerolinecolor": style.RULE}
     top = float(np.nanmax([0.0, *found[f"{name}_high"], *found[name]]))

@@ -33,41 +33,43 @@ def region_evolution(
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """Regions of the entities at several steps, and those of the last of these steps over the finished image.
+    """Regions of the entities, with one panel per step, and a last panel with the finished image.
+
+    The last panel shows the regions of the last selected step over the finished image.
 
     Parameters
     ----------
     run : Run
         A recorded run.
     source : {"recording", "guidance"}
-        Source of the regions: "recording" for regions localized in the recorded maps, at the recorded steps;
-        "guidance" for the regions that the guidance method used, at the steps in the trace of the guidance.
+        Source of the regions. "recording": regions localized in the recorded maps, at the recorded steps. "guidance":
+        the regions that the guidance method used, at the steps in its trace.
     steps : int or sequence of int
-        Number of steps to show, evenly spaced from the first to the last (all if there are fewer), or a list of
-        steps, counted from 0.
+        An int is the number of steps to show, evenly spaced from the first to the last. If fewer steps are available,
+        all are shown. A list names the steps to show, counted from 0.
     maps : bool
-        Show the entities' maps in gray behind the regions, except over the finished image. Each map is divided by its
-        maximum, and each location shows the largest value of all entities.
+        Show the entities' attention maps in gray behind the regions, except in the panel with the finished image. Each
+        map is divided by its maximum. Where maps overlap, the largest value is shown.
     image : bool
-        Add the finished image with the regions of the last step as an overlay.
+        Add the panel with the finished image.
     columns : int
         Maximum number of panels per row.
     panel : int, optional
         Width of a panel in pixels; by default a row is at most 860 pixels wide.
     title : str, optional
-        Title, "" for none; by default one that names the source of the regions and the method.
+        Title of the figure, or "" for no title. Default: a title that names the source of the regions and the method.
 
     Returns
     -------
     plotly.graph_objects.Figure
-        A click on an entity in the legend hides its regions.
+        A click on an entity in the legend hides the regions of this entity.
 
     Raises
     ------
     RecordingError
         The run was not recorded.
     SettingError
-        An option is invalid, a step was not recorded, or guidance used no regions.
+        An option is invalid, a step was not recorded, or the requested regions of guidance do not exist.
 
     Examples
     --------
@@ -116,36 +118,41 @@ def region_animation(
     panel: int = 300,
     title: str | None = None,
 ) -> go.Figure:
-    """Animation of the entities' regions over the steps, on their maps and on the finished image.
+    """Animation of the entities' regions over the steps, in two panels.
+
+    The left panel shows the regions over the attention maps in gray. The right panel shows the regions over the
+    finished image.
 
     Parameters
     ----------
     run : Run
         A recorded run.
     source : {"recording", "guidance"}
-        Source of the regions, as in `region_evolution`.
+        Source of the regions. "recording": regions localized in the recorded maps. "guidance": the regions that the
+        guidance method used.
     steps : int or sequence of int, optional
-        Number of steps to show, evenly spaced from the first to the last (all if there are fewer), or a list of
-        steps, counted from 0; by default all.
+        An int is the number of steps to show, evenly spaced from the first to the last. If fewer steps are available,
+        all are shown. A list names the steps to show, counted from 0. Default: all steps.
     speed : float
-        Steps per second.
+        Number of steps shown per second.
     panel : int
         Width of a panel in pixels.
     title : str, optional
-        Title, "" for none; by default one that names the source of the regions and the method.
+        Title of the figure, or "" for no title. Default: a title that names the source of the regions and the method.
 
     Returns
     -------
     plotly.graph_objects.Figure
-        Figure with a slider, a play button, and one frame per step, whose name is the step, counted from 0. A static
-        export of the figure shows only the first step; `save_animation` writes an animation to a file.
+        Figure with a slider, a play button, and one frame per step. The name of a frame is the number of its step,
+        counted from 0. A static export of the figure shows only the first step; `save_animation` writes an animation
+        to a file.
 
     Raises
     ------
     RecordingError
         The run was not recorded.
     SettingError
-        An option is invalid, a step was not recorded, or guidance used no regions.
+        An option is invalid, a step was not recorded, or the requested regions of guidance do not exist.
 
     Examples
     --------
@@ -173,7 +180,10 @@ def region_animation(
     made.image(1, 2, figure_uri(run.image), rows, cells)
 
     def traces(step: int) -> list[tuple[int, dict[str, Any]]]:
-        """Traces of one step, each with the column of its panel, counted from 1; in the same order at every step."""
+        """Plotly traces of one step, in the same order at every step.
+
+        Each item is a pair: the column of the panel, counted from 1, and the trace.
+        """
         below = _faint(maps.sel(step=step), rows, cells)
         masks = {label: regions.sel(step=step, entity=label).values for label in entities}
         over = [
@@ -220,12 +230,14 @@ def _transport(steps: Sequence[int], speed: float) -> dict[str, Any]:
 
 
 def animated_steps(regions: xr.DataArray, maps: xr.DataArray, steps: int | Sequence[int] | None) -> list[int]:
-    """Steps of an animation, selected as in `region_animation` from the steps that have both regions and recorded maps.
+    """Select the steps of an animation from the steps that have both regions and recorded maps.
+
+    `steps` is the number of steps to select, a list of steps counted from 0, or None for all steps.
 
     Raises
     ------
     SettingError
-        No step has both, or a requested step lacks one of them.
+        No step has both regions and recorded maps, or a requested step does not have both.
     """
     there = [int(step) for step in regions.step.values if step in maps.step.values]
     if not there:
@@ -242,14 +254,15 @@ def chosen_regions(run: Run, source: Source) -> xr.DataArray:
     ----------
     run : Run
     source : {"recording", "guidance"}
-        "recording" for regions localized in the recorded maps, "guidance" for those that the guidance method used.
+        Source of the regions. "recording": regions localized in the recorded maps. "guidance": the regions that the
+        guidance method used.
 
     Raises
     ------
     RecordingError
         The run was not recorded.
     SettingError
-        The source is unknown, or guidance used no regions.
+        `source` is unknown, or the requested regions of guidance do not exist.
     """
     if source not in get_args(Source):
         raise SettingError(f"source={source!r}: choose 'recording' or 'guidance'.")
@@ -267,10 +280,10 @@ def chosen_regions(run: Run, source: Source) -> xr.DataArray:
 
 
 def _faint(maps: xr.DataArray, rows: int, cells: int) -> dict[str, Any]:
-    """Gray heatmap of the entities' maps at one step: each location has the largest of their values there.
+    """Gray plotly heatmap that merges the attention maps of all entities at one step.
 
-    Each map is first divided by its maximum. The heatmap fills a panel whose axes count the locations of the regions:
-    `rows` along y and `cells` along x.
+    Each map is first divided by its maximum. Each location of the heatmap then has the largest value of all maps at
+    this location. The heatmap is stretched over a panel whose axes count `rows` locations along y and `cells` along x.
     """
     top = maps.max(("y", "x"))
     strongest = (maps / top.where(top > 0, 1)).max("token").values

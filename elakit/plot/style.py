@@ -46,7 +46,7 @@ def escape(text: object) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """Text cut to at most `most` characters; the last one is an ellipsis if some are left out.
+    """Text cut to at most `most` characters. A text that is cut ends with an ellipsis, which counts as one character.
 
     Examples
     --------
@@ -57,7 +57,9 @@ def shorten(text: str, most: int) -> str:
 
 
 def entity_colors(entities: Sequence[str]) -> dict[str, str]:
-    """Color of each entity by its position in the prompt, the same in every figure; the colors repeat after seven.
+    """Color of each entity, chosen by the position of the entity in the prompt.
+
+    Every figure uses these colors. The colors repeat after seven entities.
 
     Examples
     --------
@@ -68,23 +70,26 @@ def entity_colors(entities: Sequence[str]) -> dict[str, str]:
 
 
 def run_name(run: Run) -> str:
-    """Name of a run in figures: "plain", or the display name of its method, such as "ELA" for "ela"."""
+    """Name of a run in figures: "plain" for a plain run, otherwise the name of the method, such as "ELA"."""
     return method_title(run.label)
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """Name of each run in figures, as `run_name` returns it, with the seed if several runs have the same name."""
+    """Name of each run in figures: "plain" for a plain run, otherwise the name of the method, such as "ELA".
+
+    If several runs have the same name, the seed is added to their names.
+    """
     names = list(map(run_name, runs))
     return [n if names.count(n) == 1 else f"{n}, seed {run.seed}" for n, run in zip(names, runs, strict=True)]
 
 
 def recorded(run: Run | Recording) -> Recording:
-    """Recording of a run; a recording of images is returned unchanged.
+    """Recording of `run`. If `run` is itself a recording, `run` is returned unchanged.
 
     Raises
     ------
     RecordingError
-        The run was not recorded, or is a recording of videos.
+        `run` is a run that was not recorded, or a recording of videos.
     """
     if not hasattr(run, "recording"):
         if run.frames:
@@ -99,19 +104,21 @@ def recorded(run: Run | Recording) -> Recording:
 
 
 def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
-    """Steps to show: a number of them, evenly spaced from the first to the last, or the steps listed.
+    """Select the steps that a figure shows from the available steps.
 
     Parameters
     ----------
     there : sequence of int
-        Available steps, in order.
+        Available steps in ascending order, counted from 0.
     wanted : int or sequence of int
-        Number of steps to show (1 selects the last; all steps if fewer are available), or a list of steps; negative
-        steps count back from the last.
+        An int is the number of steps to select, evenly spaced from the first to the last, up to rounding. The number 1
+        selects the last step. If fewer steps are available, all are selected. A list names the steps to select;
+        negative numbers count back from the last available step.
 
     Returns
     -------
     list of int
+        The selected steps.
 
     Raises
     ------
@@ -154,32 +161,35 @@ _LEAST_WIDTH, _TITLE_LETTER, _CAPTION_LETTER = 320, 10, 6.2
 
 
 def wrap(text: str, letters: float, least: int = 8) -> tuple[str, int]:
-    """Text with ``<br>`` between its lines, and the number of lines.
+    """Break a text into lines that are separated by ``<br>``; return the new text and the number of lines.
 
-    A line has at most `letters` characters, or `least` if that is more; longer words are not divided.
+    A line has at most `letters` or `least` characters, whichever is larger. A word that is longer than a line is not
+    divided.
     """
     lines = textwrap.wrap(text, max(least, int(letters)), break_long_words=False, break_on_hyphens=False)
     return "<br>".join(lines), len(lines)
 
 
 class Panels:
-    """Builder of a figure with equal panels in rows and columns, whose sizes are given in pixels.
+    """Builder of a plotly figure whose panels have equal sizes and are arranged in rows and columns.
 
-    Traces and annotations are collected as dictionaries, because every addition to a plotly figure copies and validates
-    its whole content.
+    Traces and annotations are collected as dictionaries, and the method `figure` creates the figure at the end. This is
+    faster, because every addition to a plotly figure copies and validates the whole figure. All sizes are in pixels.
 
     Parameters
     ----------
     rows, columns : int
         Numbers of rows and columns of panels.
     width, height : float
-        Size of a panel.
+        Width and height of one panel.
     gap : (float, float)
-        Distance between columns and between rows.
+        Distance between two columns, and distance between two rows.
     margin : (float, float, float, float)
-        Left, right, top and bottom margin, to which the space for title and caption is added.
+        Left, right, top and bottom margin. The space for the title is added to the top margin, and the space for the
+        caption to the bottom margin.
     title, caption : str
-        Escaped text, which is wrapped to the width of the figure; "" for none.
+        Title at the top and caption at the bottom, or "" for none. Both must be escaped for plotly. Both are wrapped to
+        the width of the figure.
     """
 
     def __init__(
@@ -232,7 +242,10 @@ class Panels:
             )  # fmt: skip
 
     def axes(self, row: int, column: int, x: dict[str, Any], y: dict[str, Any]) -> None:
-        """Set the x axis and the y axis of a panel, whose row and column count from 1."""
+        """Set properties of the two axes of a panel: `x` for its x axis, `y` for its y axis.
+
+        `row` and `column` give the place of the panel, counted from 1.
+        """
         across, down = self.panel_axes(row, column)
         (width, height), (gap_x, gap_y) = self.panel, self.gap
         left, top = (column - 1) * (width + gap_x), (row - 1) * (height + gap_y)
@@ -249,7 +262,7 @@ class Panels:
         row, column : int
             Position of the panel, counted from 1.
         rows, columns : float
-            Numbers of rows and columns of locations in the map, or of pixels in the image.
+            Height and width of the map in locations, or of the image in pixels.
         """
         bare: dict[str, Any] = {
             "showgrid": False, "zeroline": False, "showticklabels": False, "ticks": "", "constrain": "domain",
@@ -264,21 +277,28 @@ class Panels:
         )
 
     def add(self, row: int, column: int, trace: dict[str, Any]) -> None:
-        """Add a trace to a panel."""
+        """Add a trace to the panel at `row` and `column`, both counted from 1."""
         across, down = self.panel_axes(row, column)
         self.data.append({**trace, "xaxis": across, "yaxis": down})
 
     def add_nothing(self, row: int, column: int) -> None:
-        """Add an empty trace, so that the axes of a panel without traces are drawn."""
+        """Add an empty trace to a panel, because plotly shows the axes of a panel only if the panel has a trace.
+
+        `row` and `column` give the place of the panel, counted from 1.
+        """
         self.add(row, column, {"type": "scatter", "x": [None], "y": [None], "hoverinfo": "skip", "showlegend": False})
 
     def note(self, row: int, column: int, text: str, x: float, y: float, **options: Any) -> None:
-        """Add text to a panel at a position in the units of its axes."""
+        """Add text to a panel at the position (`x`, `y`), in the units of the panel's axes.
+
+        `row` and `column` give the place of the panel, counted from 1. `options` are further properties of the plotly
+        annotation.
+        """
         across, down = self.panel_axes(row, column)
         self.notes.append({"text": text, "showarrow": False, "x": x, "y": y, "xref": across, "yref": down, **options})
 
     def over(self, row: int, column: int, text: str) -> None:
-        """Add a centered heading above a panel."""
+        """Add a centered heading above the panel at `row` and `column`, both counted from 1."""
         across, down = self.panel_axes(row, column)
         self.notes.append(
             {
@@ -288,7 +308,7 @@ class Panels:
         )  # fmt: skip
 
     def beside(self, row: int, column: int, text: str) -> None:
-        """Add vertically centered text to the left of a panel."""
+        """Add vertically centered text to the left of the panel at `row` and `column`, both counted from 1."""
         across, down = self.panel_axes(row, column)
         self.notes.append(
             {
@@ -298,12 +318,15 @@ class Panels:
         )  # fmt: skip
 
     def shape(self, row: int, column: int, **options: Any) -> None:
-        """Add a shape to a panel."""
+        """Add a shape to the panel at `row` and `column`, both counted from 1.
+
+        `options` are the properties of the plotly shape.
+        """
         across, down = self.panel_axes(row, column)
         self.shapes.append({"xref": across, "yref": down, **options})
 
     def image(self, row: int, column: int, source: str, rows: float, columns: float) -> None:
-        """Add an image to a panel, behind its traces, so that the image fills the axes set by `map_axes`.
+        """Add an image to a panel, behind the traces of the panel. The image fills the axes that `map_axes` sets.
 
         Parameters
         ----------
@@ -312,7 +335,7 @@ class Panels:
         source : str
             Data URI of the image.
         rows, columns : float
-            Height and width of the image in units of the axes: the same values as for `map_axes`.
+            Height and width of the image in the units of the axes. Give the same values as to `map_axes`.
         """
         across, down = self.panel_axes(row, column)
         self.images.append(
@@ -323,10 +346,10 @@ class Panels:
         )  # fmt: skip
 
     def legend(self, names: Sequence[str] = ()) -> None:
-        """Show a horizontal legend of the traces at the bottom.
+        """Show a horizontal legend of the traces at the bottom of the figure.
 
-        `names` are the names of the traces in the legend. They only serve to estimate its width: the figure becomes
-        higher if they do not fit into one line. With the default, the figure keeps its height.
+        `names` are the names of the traces in the legend. The height of the figure grows if the names need more than
+        one line. Without `names`, the figure keeps its height.
         """
         letters = sum(7 * len(name) + 50 for name in names)
         more = 20 * max(0, int(np.ceil(letters / (self.layout["width"] - 16))) - 1)
@@ -339,7 +362,10 @@ class Panels:
         }  # fmt: skip
 
     def entity_legend(self, entities: Sequence[str]) -> None:
-        """Add a legend of the entities' colors; a click on an entity hides the traces of its legend group."""
+        """Add a legend with the color of each entity.
+
+        A click on an entity in the legend hides the traces whose ``legendgroup`` is the label of this entity.
+        """
         for label, color in entity_colors(entities).items():
             marker = {"symbol": "square", "size": 12, "color": color}
             name = escape(shorten(label, 28))
@@ -354,19 +380,22 @@ class Panels:
         self.legend([shorten(label, 28) for label in entities])
 
     def figure(self) -> go.Figure:
-        """Return the figure."""
+        """Create the plotly figure from all collected traces, annotations, shapes and images."""
         layout = {**self.layout, "annotations": self.notes, "shapes": self.shapes, "images": self.images}
         return go.Figure(data=self.data, layout=layout)
 
     def panel_axes(self, row: int, column: int) -> tuple[str, str]:
-        """Names of the axes of a panel, such as ("x3", "y3")."""
+        """Plotly's names of the x axis and the y axis of a panel, such as ("x3", "y3").
+
+        `row` and `column` give the place of the panel, counted from 1.
+        """
         number = (row - 1) * self.columns + column
         end = "" if number == 1 else str(number)
         return f"x{end}", f"y{end}"
 
 
 def rgba(color: str, alpha: float) -> str:
-    """Hex color with an opacity, as an rgba string.
+    """Convert a hexadecimal color and an opacity from 0 to 1 (`alpha`) to an "rgba" string.
 
     Examples
     --------

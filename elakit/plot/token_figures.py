@@ -44,35 +44,38 @@ def token_maps(
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """Maps of tokens at several steps: one row per step, one column per token.
+    """Attention maps of tokens at several steps: one row per step, one column per token.
 
     Parameters
     ----------
     run : Run or Recording
         A recorded run, or its recording.
     tokens : optional
-        Tokens as in `Recording.maps` ("entities", "attributes", words). By default all recorded tokens; if there are
-        more than 14, only start-of-text, the words of the entities, and the sum of end-of-text and padding.
+        Tokens to show: "entities", "attributes", a word, or a list of words. `Recording.maps` documents further forms.
+        Default: all recorded tokens. If more than 14 tokens were recorded, the default is only start-of-text, the words
+        of the entities, and the sum of end-of-text and padding.
     steps : int or sequence of int
-        Number of steps to show, evenly spaced from the first to the last (all if the run has fewer), or a list of
-        steps, counted from 0.
+        An int is the number of steps to show, evenly spaced from the first to the last. If fewer steps are available,
+        all are shown. A list names the steps to show, counted from 0.
     layers : str or sequence of str, optional
-        Layers to average: "up" (decoder), "down", "mid", "all", a glob on layer names such as "up_blocks.1.*", or a
-        list of these; by default the layers of the decoder, or all layers of a transformer.
+        Layers whose maps are averaged: "up" (decoder), "down" (encoder), "mid", "all", a pattern of layer names such as
+        "up_blocks.1.*", or a list of these. Default: the decoder of a U-Net, or all layers of a transformer.
     size : int, optional
-        Number of locations along the longer side of the maps; by default the size of `layers` nearest to
+        Number of locations along the longer side of the maps. Default: the map size of `layers` nearest to
         16.
     normalize : {None, "sum", "max", "minmax", "tokens", "start"}
-        Normalization as in `Recording.maps`; None shows raw probabilities.
+        None: raw probabilities. "sum" or "max": each map is divided by its sum or by its maximum. "minmax": each map is
+        scaled to the range from 0 to 1. "tokens": a softmax over the words is taken at each location. "start": each
+        map is divided by the map of start-of-text.
     scale : {"token", "all", "map"}
-        Maps that share a color scale: "token" for the maps of one token at all steps, because start-of-text is far
-        stronger than the words; "all" for all maps; "map" if each map has its own scale.
+        "token": each column has its own color scale. "all": one color scale for the whole figure. "map": each map has
+        its own color scale. The default is "token", because start-of-text has far more attention than the words.
     colors : str
-        Plotly color scale.
+        Name of a plotly color scale.
     panel : int, optional
-        Width of a map in pixels; by default 46 to 110, so that a row is at most 860 pixels wide.
+        Width of a map in pixels. Default: between 46 and 110, depending on the number of tokens.
     title : str, optional
-        Title, "" for none; by default one that names the prompt.
+        Title of the figure, or "" for no title. Default: a title that names the prompt.
 
     Returns
     -------
@@ -83,7 +86,7 @@ def token_maps(
     SettingError
         An option is invalid, or a step was not recorded.
     RecordingError
-        The run was not recorded, or a token, layer or size was not.
+        The run was not recorded, or a token, a layer or a size is missing in the recording.
 
     Examples
     --------
@@ -132,7 +135,10 @@ def token_maps(
 
 
 def _default_tokens(recording: Recording, normalize: Normalize) -> tuple[Any, bool]:
-    """Tokens that are shown by default, and whether some words are left out; None stands for all recorded tokens."""
+    """Labels of the tokens that are shown by default, and True if some words are left out.
+
+    None instead of the labels means that all recorded tokens are shown.
+    """
     if len(recording.tokens) <= MOST_COLUMNS:
         return None, False
     words = {index for e in recording.prompt.entities for index in (*e.attribute_indices, *e.token_indices)}
@@ -161,7 +167,11 @@ def _heatmap(
 
 
 def _color_bar(colors: str, scale: Scale, top: float) -> dict[str, Any]:
-    """Color bar of the figure; it belongs to an empty trace, because the scales of the maps may differ."""
+    """Empty plotly trace that has the color bar of the figure.
+
+    No map can have the color bar, because the color scales of the maps may differ. If all maps share one color scale,
+    the upper end of the bar is labeled with `top`. Otherwise, a text such as "maximum of map" is its label.
+    """
     ends = ["0", _number(top) if scale == "all" else _SHARED[scale][0]]
     bar = {
         "thickness": 10, "len": 110, "lenmode": "pixels", "x": 1, "xpad": 14, "y": 1, "yanchor": "top", "ypad": 0,
@@ -172,7 +182,10 @@ def _color_bar(colors: str, scale: Scale, top: float) -> dict[str, Any]:
 
 
 def _number(value: float) -> str:
-    """Value as text: from 10 on a whole number, from 0.1 on with two decimals, otherwise with two significant digits.
+    """Format a value as text with few digits.
+
+    Values of 10 or more have no decimals. Values from 0.1 to 10 have two decimals. Smaller values have two significant
+    digits.
 
     Examples
     --------
@@ -189,6 +202,9 @@ _SHORT_TITLES = {"<start>": "start", "<end>": "end+pad", "<eot>": "end"}
 
 
 def _heading(label: str, width: int) -> str:
-    """Title of a token in at most `width` characters."""
+    """Return the column heading of the token with the given label, in at most `width` characters.
+
+    Special tokens, such as start-of-text, have a short heading for narrow columns. Other long headings are cut.
+    """
     title = token_title(label)
     return style.shorten(title if len(title) <= width else _SHORT_TITLES.get(label, title), width)

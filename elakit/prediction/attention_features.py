@@ -1,4 +1,7 @@
-"""Features of a run's attention for the prediction of failures, computed after several shares of its steps."""
+"""Features of a run's attention, from which failures are predicted.
+
+The features are computed at several points of the run: after 10%, 20%, 30%, 50% and 100% of the steps.
+"""
 
 from __future__ import annotations
 
@@ -52,18 +55,21 @@ FEATURES = (
 
 
 def features(run: Run) -> pd.DataFrame:
-    """Features of a run's attention, from which failures are predicted, after each share of the steps in `SHARES`.
+    """Compute features of a run's attention at several points of the run. Failures are predicted from the features.
+
+    The points are shares of the run's steps: 0.1, 0.2, 0.3, 0.5 and 1.0 (`SHARES`). Each share is rounded up to whole
+    steps. If a run has four steps, for example, the share 0.1 is the first step.
 
     Parameters
     ----------
     run : Run
-        A recorded run. The features after a share of the steps use neither the judge nor later steps.
+        A recorded run. The features at a point use only the attention of the steps until then, and not the judge.
 
     Returns
     -------
     pandas.DataFrame
-        Numbers, with one row per share that the run has reached (index "share") and the columns `FEATURES`. A share of
-        the steps is rounded up to whole steps: of four steps, the share 0.1 is the first step.
+        Table of numbers, with one row per share that the run has reached (index "share") and one column per name in
+        `FEATURES`.
 
     Raises
     ------
@@ -74,21 +80,29 @@ def features(run: Run) -> pd.DataFrame:
 
     Notes
     -----
-    "entities" and "attributes" are the numbers of entities and attributes in the prompt.
+    *Counts.* "entities" and "attributes" are the numbers of entities and attributes in the prompt.
 
-    The next features are measures of bleeding and measures of the entities' maps. The maps are means over the decoder's
-    layers at 16 x 16, or the nearest size. If a measure of bleeding has several values (one per entity, pair or
-    attribute), the worst is used, because one bad value suffices to make an image fail; bleed, intrusion and spill are
-    also averaged over entities. "peak" is the smallest of the maxima of the entities' maps, and "peak_ratio" is "peak"
-    divided by the largest of these maxima. "mass" and "mass_ratio" are the same for the mean attention, "area" and
-    "area_ratio" for the area of the region. "concentration" is the share of a map's attention in the most attended
-    tenth of its locations, the minimum over entities. Each of these measures is given at the last step of the share
-    ("_last") and as a mean over all steps until then ("_mean").
+    *Measures.* These features are computed from maps that are averaged over the decoder's layers at 16 x 16, or at the
+    nearest size. A model without a decoder uses all layers. Each measure gives two features: the value at the last step
+    until the point ("_last"), and the mean over all steps until the point ("_mean").
 
-    The remaining features are the statistics of `elakit.prediction.map_statistics` for four sets of maps. Three sets
-    are maps at the last step of the share: the decoder's maps ("decoder"), the encoder's maps ("encoder"), and the
-    decoder's maps of the next smaller size ("coarse"). The fourth set is the mean of the decoder's maps over the second
-    half of the steps until then ("settled"). A set that the model or the recording lacks is replaced by "decoder".
+    * The measures of bleeding, such as "bleed", come from `elakit.Bleeding`. If a measure has several values at a step,
+      such as one per entity, the worst value is used, because one bad value suffices to make an image fail.
+      "bleed_mean", "intrusion_mean" and "spill_mean" are means over the entities instead.
+    * "peak" is the maximum of an entity's map, "mass" the mean of the map, and "area" the area of the entity's region
+      as a share of the map. "concentration" is the share of the map's attention in the most attended tenth of the
+      locations. Of these four measures, the smallest value over the entities is used.
+    * "peak_ratio", "mass_ratio" and "area_ratio" are the smallest value over the entities, divided by the largest.
+
+    *Statistics.* The remaining features are the values of `elakit.prediction.map_statistics.map_statistics` for four
+    sets of maps:
+
+    * "decoder": the decoder's maps at the last step until the point;
+    * "encoder": the encoder's maps at this step;
+    * "coarse": the decoder's maps of the next smaller size at this step;
+    * "settled": the decoder's maps, averaged over the second half of the steps until the point.
+
+    A set that the model or the recording lacks is replaced by the set "decoder".
 
     Examples
     --------
@@ -121,9 +135,11 @@ def features(run: Run) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Maps of a run: entities (step, entity, y, x), rest (step, y, x), attributes (step, attribute, y, x).
+    """Attention maps of a run at all recorded steps, averaged over layers.
 
-    "rest" is the attention to start-of-text, end-of-text and padding; `owners` has the entity of each attribute.
+    `entities`, (step, entity, y, x), has the maps of the entities. `attributes`, (step, attribute, y, x), has the maps
+    of the attributes. `rest`, (step, y, x), is the summed attention to start-of-text, end-of-text and padding. `owners`
+    has one entity label per attribute: the label of the entity that the attribute describes.
     """
 
     entities: np.ndarray
@@ -133,7 +149,12 @@ class _Grid:
 
 
 def _grids(run: Run) -> dict[str, _Grid]:
-    """Sets of maps by name; sets that the model or the recording lacks are left out."""
+    """Return the attention maps of a recorded run as a dict with the keys "decoder", "encoder" and "coarse".
+
+    The maps of "decoder" and "encoder" have the size of `Run.entity_maps`. The maps of "coarse" are the decoder's maps
+    of the next smaller size, or of the same size if the recording has no smaller size. A key is missing if the model or
+    the recording lacks the maps.
+    """
     recording = run.recording
     assert recording is not None
     size = max(run.entity_maps().shape[-2:])
@@ -157,7 +178,11 @@ def _grid(recording: Recording, layers: str, size: int) -> _Grid:
 
 
 def _reached(run: Run) -> dict[float, int]:
-    """Index of the last recorded step within each share that the run has reached, by share."""
+    """Find the last recorded step within each share of the run's steps.
+
+    Returns a dict. The keys are the shares in `SHARES` that the run has reached. The values are indices into the
+    recorded steps (`Recording.steps`).
+    """
     assert run.recording is not None
     calls = run.recording.steps
     total = run.recording.tree.attrs.get("expected") or calls[-1] + 1
@@ -172,7 +197,7 @@ def _reached(run: Run) -> dict[float, int]:
 
 
 def _per_step(run: Run) -> pd.DataFrame:
-    """Table of the measures `QUANTITIES`, with one row per recorded step."""
+    """Table of measures of a run's attention: one row per recorded step, one column per name in `QUANTITIES`."""
     maps = run.entity_maps().values  # (step, entity, y, x)
     regions = run.regions.values
     frame = run.measure().to_frame()

@@ -1,4 +1,4 @@
-"""Command ``elakit predict fit``."""
+"""Command ``elakit predict fit``, which fits a predictor of failures on a sweep."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ app = typer.Typer(
 
 @app.callback()
 def _group() -> None:
-    """Keep the command name ``fit``: typer expects no name if an application has one command and no callback."""
+    """Do nothing. Without a callback, typer would not expect the name ``fit``, because there is only one command."""
 
 
 @app.command("fit")
@@ -29,7 +29,9 @@ def fit(
     out: Annotated[Path, typer.Option(help="File to write the predictor to.")] = Path("predictor.json"),
     method: Annotated[str, typer.Option(help="Method of the sweep whose images are used.")] = "plain",
 ) -> None:
-    """Fit a predictor of failures on a sweep, print its quality on held-out prompts, and write it to a file.
+    """Fit a predictor of failures on a sweep, and write the predictor to a file.
+
+    The command also prints the quality of the predictions for held-out prompts.
 
     `elakit diagnose --predictor FILE` and `elakit.prediction.load_predictor` read the file.
 

@@ -1,4 +1,4 @@
-"""Fit a predictor of failures on a sweep, and measure its quality on held-out prompts."""
+"""Fit a predictor of failures on a sweep, and measure how well failures are predicted for held-out prompts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ BINS = 10
 
 
 class Fit(NamedTuple):
-    """Result of `fit`: the predictor, a table of its quality, and its predictions for held-out images."""
+    """Result of `fit`: a predictor, a table of its quality, and a table of predictions for held-out images.
+
+    The fields are described in `fit`.
+    """
 
     predictor: Predictor
     quality: pd.DataFrame
@@ -51,30 +54,35 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
     Returns
     -------
     predictor : Predictor
-        Predictor fitted on all images.
+        Predictor fitted on all images of the method.
     quality : DataFrame
-        Quality on held-out images, with one row for each share of the steps, outcome, and predictor or baseline.
-        Columns: share, outcome, by ("predictor" or one of `BASELINES`), auroc (area under the ROC curve), ece (expected
-        calibration error, ten bins), brier (Brier score), rate (share of the images with the outcome) and images
-        (number). For baselines, all columns after auroc are NaN.
+        Quality of the predictions for held-out images. There is one row for each combination of the columns "share",
+        "outcome" and "by". "share" is the share of the steps after which the prediction is made. "by" is "predictor" or
+        the name of a baseline in `BASELINES`. A baseline ranks the images by a single feature.
+
+        The other columns are "auroc" (area under the ROC curve), "ece" (expected calibration error), "brier" (Brier
+        score), "rate" (share of the images with the outcome) and "images" (number of images). For baselines, only
+        "auroc" is given, and the columns after "auroc" are NaN.
     held_out : DataFrame
-        Predictions for all images, each by a model that was fitted without the image: one row per image, and the
-        columns (outcome, share) with probabilities and (outcome, "observed") with booleans.
+        Predictions for held-out images, one row per image. Each image is predicted by models that were fitted without
+        the image. The columns (outcome, share) have probabilities, and the columns (outcome, "observed") have booleans.
 
     Raises
     ------
     SettingError
-        The sweep has fewer than `LEAST_IMAGES` judged images of the method, the features of some images are missing or
-        are not those of this version of elakit, or scikit-learn is not installed.
+        The sweep has fewer than `LEAST_IMAGES` judged images of the method. Also raised if the features of some images
+        are missing or come from another version of elakit, or if scikit-learn is not installed.
 
     Notes
     -----
-    Images are held out in `FOLDS` folds. Two images are in the same fold if their prompts have the same picture-world
-    nouns (`elakit.world.vocabulary.NOUNS`), or, for prompts without such nouns, if they have the same prompt.
+    Images are held out in `FOLDS` folds. Images are in the same fold if their prompts have the same picture-world nouns
+    (`elakit.world.vocabulary.NOUNS`). Images whose prompt has no such noun are in the same fold if they have the same
+    prompt.
 
-    Features are standardized for the fit. The L2 penalty is chosen by cross-validation over the same folds. The models
-    are calibrated by a logistic curve (Platt, 1999), which is fitted on the scores of held-out images. For the reported
-    quality, the curve of each fold is fitted on the other folds.
+    Features are standardized for the fit. The L2 penalty is chosen by cross-validation over the folds. A logistic curve
+    (Platt, 1999) converts the score of a model into a calibrated probability. The predictor's curve is fitted on the
+    scores of all images, each scored while it was held out. For `quality` and `held_out`, the curve that is applied to
+    the images of one fold is fitted on the other folds.
     """
     if importlib.util.find_spec("sklearn") is None:
         raise SettingError("Fitting a predictor needs scikit-learn, which is not installed: pip install 'elakit[fit]'.")
@@ -118,7 +126,9 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
 
 
 def confusion(held_out: pd.DataFrame, share: float = 1.0) -> pd.DataFrame:
-    """Confusion matrix of the kinds of failure, for the images with exactly one observed kind.
+    """Confusion matrix of the kinds of failure: "neglect", "mixture" and "wrong color".
+
+    Only images with exactly one observed kind of failure are counted.
 
     Parameters
     ----------
@@ -130,17 +140,24 @@ def confusion(held_out: pd.DataFrame, share: float = 1.0) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Numbers of images: one row per observed kind, one column per predicted kind. The predicted kind is the one whose
-        probability is largest relative to its mean over all images, because by probability alone, a rare kind would
-        never be predicted.
+        Numbers of images, with one row per observed kind and one column per predicted kind.
+
+    Notes
+    -----
+    The probability of each kind is divided by the mean probability of this kind over all images. The predicted kind of
+    an image is the kind with the largest quotient. By the probability alone, a rare kind would hardly ever be
+    predicted.
 
     Examples
     --------
-    >>> kinds = OUTCOMES[1:]
-    >>> observed = {(kind, "observed"): [kind == each for each in kinds] for kind in kinds}
-    >>> predicted = {(kind, 1.0): [0.9 if kind == each else 0.1 for each in kinds] for kind in kinds}
-    >>> confusion(pd.DataFrame(observed | predicted)).to_numpy().tolist()
-    [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    The first image shows neglect, the second image a mixture, and both are predicted correctly:
+
+    >>> held_out = pd.DataFrame({
+    ...     ("neglect", "observed"): [True, False], ("neglect", 1.0): [0.9, 0.1],
+    ...     ("mixture", "observed"): [False, True], ("mixture", 1.0): [0.1, 0.9],
+    ...     ("wrong color", "observed"): [False, False], ("wrong color", 1.0): [0.1, 0.1]})
+    >>> confusion(held_out).to_numpy().tolist()
+    [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
     """
     kinds = list(OUTCOMES[1:])
     observed = np.stack([held_out[kind, "observed"].to_numpy(bool) for kind in kinds], 1)
@@ -152,11 +169,30 @@ def confusion(held_out: pd.DataFrame, share: float = 1.0) -> pd.DataFrame:
 
 
 def _fit_one(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
-    """Fit a model on features `x`, outcomes `y` and groups that are held out together.
+    """Fit a calibrated logistic model of one outcome, and predict each image while it is held out.
 
-    Returns weights and intercept for features that are not standardized, and the calibrated probability of each image,
-    predicted by a model that was fitted without it. If there is a single group, or the images outside a fold lack one
-    of the two classes, every probability is the rate of the outcome.
+    Parameters
+    ----------
+    x : ndarray, float, (image, feature)
+        Features.
+    y : ndarray, bool, (image,)
+        True for each image with the outcome.
+    groups : ndarray, (image,)
+        Group of each image. The images of a group are held out together.
+
+    Returns
+    -------
+    weights : ndarray, float, (feature,)
+        Weights of the model, for features that are not standardized.
+    intercept : float
+        Intercept of the model.
+    held_out : ndarray, float, (image,)
+        Calibrated probability of the outcome for each image, predicted by a model that was fitted without the image.
+
+    Notes
+    -----
+    No model can be fitted if there is only one group, or if all images outside some fold have the same outcome. Then
+    all weights are 0, and every probability is the smoothed rate of the outcome.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
@@ -207,7 +243,11 @@ def _quality(probability: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 
 def expected_calibration_error(probability: np.ndarray, y: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error: mean over bins, weighted by images, of |mean predicted probability - observed rate|.
+    """Expected calibration error of predicted probabilities.
+
+    The probabilities are sorted into bins. The error of a bin is the absolute difference between the mean predicted
+    probability and the observed rate of the outcome. The result is the mean of the bins' errors, weighted by the number
+    of predictions in each bin.
 
     Parameters
     ----------
@@ -216,14 +256,17 @@ def expected_calibration_error(probability: np.ndarray, y: np.ndarray, bins: int
     y : ndarray, bool, (n,)
         Observed outcomes.
     bins : int
-        Number of bins of equal width into which the predicted probabilities, 0 to 1, are sorted.
+        Number of bins, which divide the range from 0 to 1 into parts of equal width.
 
     Returns
     -------
     float
+        Expected calibration error, 0 to 1.
 
     Examples
     --------
+    Two bins have two predictions each. The errors of these bins are 0.25 and 0.15:
+
     >>> round(expected_calibration_error(np.array([0.25, 0.25, 0.85, 0.85]), np.array([False, False, True, True])), 2)
     0.2
     """

@@ -50,48 +50,52 @@ def map_statistics(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarra
     Returns
     -------
     ndarray, float, (len(MAP_STATISTICS),)
-        Values in the order of `MAP_STATISTICS`. A statistic that is computed for each entity has four values: its
-        minimum and maximum over the entities ("_min", "_max"), and its values for the first and the last entity of the
-        prompt ("_first", "_last"), which a causal text encoder treats differently.
+        Values in the order of `MAP_STATISTICS`. A statistic of each entity gives four values: the minimum and the
+        maximum over the entities ("_min", "_max"), and the values for the first and the last entity of the prompt
+        ("_first", "_last"). A causal text encoder treats the first and the last entity differently.
 
     Notes
     -----
     An entity wins a location if its map is above the maps of all other entities there. If there is only one entity, it
-    wins every location. The distribution of a map is the map minus its minimum, divided by the sum of the result. The
-    center of a map is the mean location, weighted by the distribution. The overlap of two maps is the sum, over the
-    locations, of the smaller value of their distributions. Distances are in units of the image's sides.
+    wins every location. The distribution of a map is computed by subtracting the map's minimum and scaling the
+    result to a sum of 1. The center of a map is the mean location, weighted by the distribution. The overlap of two
+    maps is computed from their distributions: the smaller of the two values is taken at each location, and summed over
+    the locations. A distance of 1 is the whole height or width of the image.
 
     Statistics of each entity:
 
     * "peak", "mean", "log_peak": maximum of the map, mean of the map, and logarithm of the maximum;
     * "won": sum of the map's distribution over the locations that the entity wins;
-    * "won_scaled": the same sum, but each map is scaled to 0..1 before the winner of a location is determined;
+    * "won_scaled": like "won", but each map is scaled to 0..1 before the winner of a location is determined;
     * "locations_won": share of the locations that the entity wins;
-    * "lead": margin of the map over the largest of the other maps, averaged over the sixteenth of the locations (at
-      least four) where this margin is largest; the maximum of the map if there is only one entity;
+    * "lead": margin of the map over the largest of the other maps. The margin is averaged over the sixteenth of the
+      locations with the largest margins, but at least over four locations. If there is only one entity, "lead" is the
+      maximum of the map;
     * "lead_over_rest": "lead" divided by the mean of `rest`;
-    * "peak_won", "peak_lost": maximum of the map in the locations that the entity wins, and in all others;
+    * "peak_won", "peak_lost": maximum of the map in the locations that the entity wins, and in all other locations;
     * "spread": root mean square distance of the locations from the center, weighted by the distribution;
     * "entropy": entropy of the distribution, in nats;
     * "top_tenth": sum of the distribution over the tenth of the locations where it is largest;
     * "above_rest": share of the locations where the map is above `rest`;
-    * "components": number of connected components of the locations above 40% of the map's range.
+    * "components": number of connected components of the locations where the map, scaled to 0..1, is above 0.4.
 
-    Statistics of the image; the first three are those of the two entities that are most similar by the statistic:
+    Statistics of the image:
 
-    * "correlation": correlation of the two maps; -1 if there is only one entity;
-    * "common": overlap of the two maps; 0 if there is only one entity;
-    * "distance": distance between the centers of the two maps; 1 if there is only one entity;
+    * "correlation": largest correlation between the maps of two entities; -1 if there is only one entity;
+    * "common": largest overlap of the maps of two entities; 0 if there is only one entity;
+    * "distance": smallest distance between the centers of two entities' maps; 1 if there is only one entity;
     * "rest_mean", "rest_min": mean and minimum of `rest`;
     * "joint_components": number of connected components of the locations where the sum of all entities' maps is above
       40% of its maximum;
-    * "bound": smallest margin by which an attribute's overlap with its own entity exceeds its overlap with any other
-      entity; 1 if there are no attributes;
-    * "misbound": largest overlap of an attribute with an entity to which it does not belong; 0 if there are no
-      attributes, or only one entity.
+    * "bound": overlap of an attribute's map with its own entity's map, minus the largest overlap with the map of
+      another entity. The smallest value over the attributes is used; 1 if there are no attributes;
+    * "misbound": largest overlap of an attribute's map with the map of an entity that the attribute does not describe;
+      0 if there are no attributes, or only one entity.
 
     Examples
     --------
+    The first entity has attention of 0.5 in the leftmost of four columns, the second entity 0.25 in the rightmost:
+
     >>> left, right = np.zeros((2, 4, 4))
     >>> left[:, 0], right[:, 3] = 0.5, 0.25
     >>> values = map_statistics(np.stack([left, right]), np.full((4, 4), 0.1), np.zeros((0, 4, 4)), [])
@@ -149,7 +153,7 @@ def map_statistics(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarra
 
 
 def _share(values: np.ndarray) -> np.ndarray:
-    """Map minus its minimum, divided by the sum of the result, so that it is a distribution over locations."""
+    """Distribution of a map over its locations: subtract the map's minimum, then scale the values to a sum of 1."""
     above = values - values.min()
     return above / (above.sum() + _TINY)
 

@@ -26,10 +26,11 @@ OUTCOMES = ("failure", "neglect", "mixture", "wrong color")
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """Predictor of failures: one calibrated logistic model for each pair of a share of the steps and an outcome.
+    """Predictor of failures, which predicts the probability of each outcome at several points of a run.
 
-    The outcomes are predicted independently, and an image may have several kinds of failure, so the probabilities of
-    one image do not sum to 1.
+    The points are shares of the run's steps. There is one calibrated logistic model for each point and each outcome.
+    The outcomes are predicted independently, and an image may have several kinds of failure. The probabilities of one
+    image therefore do not sum to 1.
 
     Attributes
     ----------
@@ -79,7 +80,8 @@ class Predictor:
     def predict(self, run: Run | pd.DataFrame) -> pd.DataFrame:
         """Predict the probability of each outcome of a run, at several points of the run.
 
-        The points are the shares of the run's steps in `Predictor.shares`, as far as the run has reached them.
+        The points are shares of the run's steps, given by `Predictor.shares`: 0.3 is the point after 30% of the steps.
+        Points that the run has not reached are left out.
 
         Parameters
         ----------
@@ -89,20 +91,21 @@ class Predictor:
         Returns
         -------
         pandas.DataFrame
-            Probabilities: one row per share (index "share") and one column per outcome. A row does not sum to 1,
+            Probabilities: one row per point (index "share") and one column per outcome. A row does not sum to 1,
             because an image may have several kinds of failure, and "failure" stands for any of them.
 
         Raises
         ------
         SettingError
             The columns of the features differ from `Predictor.features`, for example because the predictor was fitted
-            with another version of elakit; or the prompt names no entity.
+            with another version of elakit. Also raised if the prompt names no entity.
         RecordingError
             The run was not recorded, or has no recorded step.
 
         Examples
         --------
-        A predictor whose weights and intercepts are 0 predicts a probability of 0.5 for every outcome:
+        A predictor whose weights and intercepts are 0 predicts a probability of 0.5 for each of the four outcomes. The
+        row 1.0 is the prediction after all steps:
 
         >>> import elakit
         >>> nothing = Predictor(np.zeros((5, 4, len(FEATURES))), np.zeros((5, 4)))
@@ -127,17 +130,18 @@ class Predictor:
         Parameters
         ----------
         above : float
-            Probability of the outcome above which a run ends, 0 to 1. A batch ends only if every one of its images has
-            a higher probability.
+            Limit of the probability, 0 to 1. A run ends if the predicted probability of the outcome is above this
+            limit. A batch ends only if the probability is above the limit for every image.
         outcome : str
             Predicted outcome, one of `outcomes`.
         after : float
-            Share of the steps after which the prediction is made, one of `shares`. The run is not ended at other steps.
+            Share of the steps after which the outcome is predicted, one of `shares`. The run can end only then.
 
         Returns
         -------
         callable
-            Function of the `Progress` of a run that returns True if the run is to end.
+            Function that `elakit.generate` calls after each step with the state of the run, an `elakit.Progress`. The
+            function returns True if the run is to end, and False otherwise.
 
         Raises
         ------
@@ -146,8 +150,8 @@ class Predictor:
 
         Examples
         --------
-        A predictor whose weights and intercepts are 0 predicts a probability of 0.5, so the run ends after half of its
-        four steps:
+        A predictor whose weights and intercepts are 0 predicts a probability of 0.5. This is above 0.4, so the run ends
+        after half of its four steps:
 
         >>> import elakit
         >>> nothing = Predictor(np.zeros((5, 4, len(FEATURES))), np.zeros((5, 4)))
@@ -170,18 +174,20 @@ class Predictor:
         Parameters
         ----------
         above : float
-            Probability of the outcome above which an image is guided, 0 to 1. The decision is made separately for each
-            image of a batch.
+            Limit of the probability, 0 to 1. An image is guided if the predicted probability of the outcome is above
+            this limit. The decision is made for each image of a batch separately.
         outcome : str
             Predicted outcome, one of `outcomes`.
         after : float
-            Share of the steps after which the prediction is made, one of `shares`. No image is guided before.
+            Share of the steps after which the outcome is predicted, one of `shares`. No image is guided before the
+            prediction.
 
         Returns
         -------
         callable
-            Function of the `Progress` of a run. At the step of the prediction it returns a list with one bool per
-            image, True for each image to guide. At all other steps it returns None.
+            Function that `elakit.generate` calls after each step with the state of the run, an `elakit.Progress`. At
+            the step of the prediction, the function returns a list with one bool per image, True for each image to
+            guide. At every other step, the function returns None.
 
         Raises
         ------
@@ -190,12 +196,12 @@ class Predictor:
 
         Examples
         --------
-        A predictor whose weights and intercepts are 0 predicts a probability of 0.5. This does not exceed 0.6, so the
-        image is not guided:
+        A predictor whose weights and intercepts are 0 predicts a probability of 0.5. This is not above 0.6, so the
+        image is not guided, and the trace of the guidance method has no rows:
 
         >>> import elakit
         >>> nothing = Predictor(np.zeros((5, 4, len(FEATURES))), np.zeros((5, 4)))
-        >>> options = dict(guidance=elakit.RegionalAttention(start=0.5), steps=4, progress=False)
+        >>> options = dict(guidance=elakit.RegionalAttention(), steps=4, progress=False)
         >>> pipe = elakit.load("picture-world")
         >>> run = elakit.generate(pipe, "a [cat] and a [lion]", guide_if=nothing.guide_if(above=0.6), **options)
         >>> run.settings["guided"], len(run.guidance.rows)
@@ -210,10 +216,11 @@ class Predictor:
         return needed
 
     def _asked(self, above: float, outcome: str, after: float) -> Callable[[Progress], list[float] | None]:
-        """Function that predicts the probability of an outcome after the share `after` of a run's steps.
+        """Return a function that predicts the probability of an outcome at one point of a run.
 
-        The function returns a list with one probability per image at the step of the prediction, and None at all other
-        steps. `above` is checked here, and compared with the probabilities by the caller.
+        The point is given by `after`, a share of the run's steps. At the last step of this share, the function returns
+        a list with one probability per image. At every other step, it returns None. `above` is only checked here; the
+        caller compares it with the probabilities.
         """
         if outcome not in self.outcomes:
             raise SettingError(f"outcome={outcome!r}: choose from {', '.join(self.outcomes)}.")
@@ -230,7 +237,7 @@ class Predictor:
         return probabilities
 
     def save(self, path: str | Path) -> Path:
-        """Write the predictor to a JSON file, and return its path.
+        """Write the predictor to a JSON file, and return the path of the file.
 
         Raises
         ------
@@ -297,19 +304,23 @@ def load_predictor(path: str | Path | None = None) -> Predictor:
 
 
 def stack(rows: Sequence[Any]) -> np.ndarray:
-    """Stack the features of several images into an array, (image, share, feature).
+    """Stack the features of several images into one array.
 
     Parameters
     ----------
     rows : sequence
-        Values of the column "features" of a sweep's table, one per image: the rows of `elakit.prediction.features` one
-        after the other, as one sequence of numbers; None if the features are missing.
+        The column "features" of a sweep's table, with one element per image. An element is a flat sequence of numbers:
+        the table of `elakit.prediction.features`, row after row. An element is None if the image has no features.
+
+    Returns
+    -------
+    ndarray, float, (image, share, feature)
 
     Raises
     ------
     SettingError
-        There is no image, or the features of an image are missing or have another number than in this version of
-        elakit.
+        There is no image, an image has no features, or the number of an image's features is not the number in this
+        version of elakit.
     """
     size = len(SHARES) * len(FEATURES)
     if not len(rows) or any(row is None or len(row) != size for row in rows):

@@ -1,4 +1,4 @@
-"""Regions of entities: localized in attention maps, or strips of the image."""
+"""Regions of entities, either localized in attention maps or laid out as strips of the image."""
 
 from elakit.regions.localization import (
     BINARIZATIONS,

@@ -1,8 +1,11 @@
 """Localization of entities: computation of one region per entity from the entities' attention maps.
 
-Four stages, each an option of :func:`localize`: *differentiation* compares the maps of the entities with each other,
-*binarization* decides which locations are strong enough, small components may be removed, and a *floor* on the area
-gives a neglected entity a region, too.
+:func:`localize` has four stages:
+
+* *Differentiation* compares the maps of the entities with each other, and gives every location a score per entity.
+* *Binarization* selects the locations whose score is high enough.
+* The selection of components, which is optional, keeps only the largest connected components of each region.
+* The *floor* enlarges regions that are too small, so that a neglected entity has a region, too.
 """
 
 from __future__ import annotations
@@ -60,42 +63,52 @@ def localize(
         device and of any precision; gradients are not followed.
     sot : array, tensor or DataArray, (y, x), optional
         Raw probabilities of the start-of-text token, or another map that stands for the background. Start-of-text
-        receives the attention that no word receives. Required by ``binarization="background"``, and not used by the
-        other rules.
+        receives the attention that no word receives. Required by ``binarization="background"``, and not used by other
+        values of `binarization`.
     differentiation : {"argmax", "subtract-max", "subtract-mean", "none"}
-        Rule for the scores of an entity, from its map and those of the other entities: "argmax" gives its map where
-        that is the largest, else 0; "subtract-max" and "subtract-mean" give its map minus the largest or the mean of
-        the others, at least 0; "none" gives its map. With one entity, all four give its map.
+        Rule by which an entity's map becomes the entity's scores, one score per location:
+
+        * "argmax": the map where it is the largest of all entities' maps, and 0 elsewhere;
+        * "subtract-max": the map minus the largest of the other entities' maps, and at least 0;
+        * "subtract-mean": the map minus the mean of the other entities' maps, and at least 0;
+        * "none": the map itself.
+
+        If there is only one entity, every rule gives the map itself.
     binarization : {"background", "otsu", "mean-std", "quantile"}
-        Rule for the locations of an entity's region: those whose score exceeds `threshold` times the value of `sot` at
-        the same location ("background"), Otsu's threshold of the entity's scores ("otsu"), their mean plus standard
-        deviation ("mean-std"), or their `quantile` ("quantile"). A location that passes for two entities is assigned to
-        the one with the larger map, or to the first of them on a tie. With "background", "argmax" and "none" are
-        therefore the same rule.
+        Rule for the threshold that an entity's score must exceed, so that the location is in the entity's region:
+
+        * "background": `threshold` times the value of `sot` at the location;
+        * "otsu": Otsu's threshold of the entity's scores;
+        * "mean-std": mean plus standard deviation of the entity's scores;
+        * "quantile": quantile `quantile` of the entity's scores.
+
+        If the scores of several entities exceed their thresholds at one location, the location goes to the entity with
+        the largest map there, and on a tie to the first entity. With "background", the differentiations "argmax" and
+        "none" therefore select the same locations.
     threshold : float
         Share of `sot` that a score must exceed, 0 or more, by default 0.1125; only for "background".
     quantile : float
         Quantile of an entity's scores that a score must exceed, 0 to 1; only for "quantile".
     normalize : bool
-        Whether every map, `sot` included, is scaled to 0..1 (min-max) before differentiation, so that entities are
-        compared by the shape of their maps and not by their strength.
+        Whether every map, `sot` included, is scaled to 0..1 (min-max) before differentiation. The entities are then
+        compared by the shape of their maps and not by the strength.
     subtract_pedestal : bool
-        Whether the smallest value of each entity's map (its pedestal) is subtracted before differentiation, because
-        attention that a word receives everywhere does not show its location. The maps of the paper's figure, to which
-        the threshold was fitted, are displayed without this pedestal; `elakit.ELA` and `Run.regions` subtract it from
-        recorded maps.
+        Whether the pedestal of each entity's map, the smallest value, is subtracted before differentiation. Attention
+        that a word receives at all locations does not show where the entity is. The default of `threshold` was fitted
+        to the paper's figure, which displays the maps without their pedestal. `elakit.ELA` and `Run.regions` subtract
+        the pedestal from recorded maps.
     min_area : int, optional
-        Smallest area of a region, in locations. By default 2% of the map, at least one location (5 at 16x16). 0
-        switches the floor off, so that an entity may have an empty region. See Notes.
+        Smallest area of a region, in locations. Smaller regions are enlarged (see *Floor* in the notes). The default is
+        2% of the map, but at least one location: 5 locations at 16 x 16. With 0, an entity may have an empty region.
     smooth : float
         Standard deviation, in locations, of a Gaussian filter that is applied to all maps before anything else; 0
-        switches it off.
+        switches the filter off.
     keep_components : int, optional
-        Number of connected components (8-neighborhood) to keep in each region: the largest ones, and on a tie those
-        that come first in reading order. All are kept by default.
+        Number of connected components (8-neighborhood) to keep in each region. The largest components are kept; on a
+        tie, the components that come first in reading order. By default, all components are kept.
     entities : sequence of str, optional
-        Distinct labels of the entities. By default those of a DataArray's first dimension, else "entity 0",
-        "entity 1", ...
+        Distinct labels of the entities. By default, the labels along the first dimension of a DataArray; without such
+        labels, "entity 0", "entity 1" and so on.
 
     Returns
     -------
@@ -105,16 +118,16 @@ def localize(
     ------
     SettingError
         An option is unknown or out of range; shapes do not match; values are NaN, infinite or negative; `sot` is
-        missing for "background"; labels are repeated or do not match the maps; or the map has too few locations for
-        one region of the least area per entity.
+        missing for "background"; labels are repeated or do not match the maps; or the map has too few locations to give
+        every region the smallest area.
 
     Notes
     -----
     The paper states that differentiation and binarization of cross-attention maps locate entities in areas that
-    do not overlap, and its method figure shows the start-of-text map next to the entities' maps. The exact rule and
-    its threshold are not public: the options and defaults here are ours, chosen by how well they reproduce the two
-    regions of that figure. The default gives IoU .80 (cat) and .93 (frog). The threshold is fitted to that one
-    figure, and no rule that considers one location at a time reproduces it exactly.
+    do not overlap. The paper's method figure shows the start-of-text map next to the entities' maps. The exact rule
+    and its threshold are not public. The options and defaults here are ours, chosen by how well they reproduce the two
+    regions of the figure. The defaults give IoU .80 (cat) and .93 (frog). The threshold is fitted to this one figure,
+    and no rule that considers one location at a time reproduces the figure exactly.
     ``python -m benchmarks.localization`` prints the agreement of every rule.
 
     The figure displays each map scaled to 0..1; a regression restores the scale of the raw maps. Attention sums
@@ -124,11 +137,11 @@ def localize(
     and is taken as 0.
 
     *Floor.* A region smaller than `min_area` keeps its locations and grows by one location at a time, until it has
-    `min_area` locations. It gets the free location where the entity's score is highest; on a tie, the one of these
-    where the entity's map is highest; on a further tie, the first in reading order. If several regions are too small,
-    the next location goes to the entity whose candidate has the highest score. Only if no location is free are
-    locations taken from regions larger than `min_area`. On maps too small for 2% per entity, the default of `min_area`
-    is an equal share of the map for each entity.
+    `min_area` locations. The region gets the free location where the entity's score is highest. On a tie, the higher
+    value of the entity's map decides, and on a further tie the reading order. If several regions are too small, the
+    entity with the highest score at its next location is served first. If no location is free, locations are taken from
+    regions larger than `min_area`. On a small map with many entities, the default of `min_area` is an equal share of
+    the map for each entity.
 
     Maps that are constant, zero or equal are allowed. Their regions result from ties and the floor.
 
@@ -139,7 +152,8 @@ def localize(
 
     Examples
     --------
-    A cat on the left, a frog on the right, and one location with attention of both:
+    The cat is on the left and the frog on the right. The second location has attention of both, but more of the frog.
+    At the last location, both maps are low and the start-of-text map is high, so the location is background:
 
     >>> cat  = [[.30, .20, .01, .01]]
     >>> frog = [[.01, .25, .60, .02]]
@@ -199,24 +213,28 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
         Raw probabilities, one map per entity and step, as ``recording.maps("entities")`` returns them. The token
         dimension may also be called entity.
     sot : DataArray, (step, y, x), optional
-        Start-of-text probabilities of the same steps and size, as ``recording.maps("<start>")`` returns them; a token
-        dimension of length one is dropped.
+        Raw probabilities of start-of-text at the same steps and locations, as ``recording.maps("<start>")`` returns
+        them. A token dimension of length 1 is dropped. Required by the default of `binarization`.
     **options
         Options of :func:`localize`.
 
     Returns
     -------
     DataArray, bool (step, entity, y, x)
-        Coordinates along step, y and x are kept. The coordinate `floored`, bool (step, entity), marks the regions that
-        were enlarged to the least area.
+        Regions, True inside. The coordinates along step, y and x are the coordinates of `maps`, and entity has the
+        labels of the entities. The coordinate `floored`, bool (step, entity), is True for each region that was enlarged
+        to the smallest area.
 
     Raises
     ------
     SettingError
-        The same as for :func:`localize`; dimensions or steps do not match; or there is no step.
+        Maps or options are invalid for :func:`localize`, dimensions or steps do not match, or there is no step.
 
     Examples
     --------
+    The maps are rows of four locations. At the first step, only location 0 has attention of the cat, and only location
+    1 attention of the frog. At the second step, the locations are 2 and 3:
+
     >>> maps = xr.DataArray(np.eye(4).reshape(2, 2, 1, 4), dims=("step", "token", "y", "x"))
     >>> maps = maps.assign_coords(token=["cat", "frog"])
     >>> regions = localize_steps(maps, binarization="otsu")
@@ -263,13 +281,19 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
 
 
 def steps_first(maps: xr.DataArray, what: str) -> xr.DataArray:
-    """Maps with the dimensions (step, entity, y, x), from maps whose entity dimension may be called token.
+    """Return maps with their dimensions in the order (step, entity, y, x).
+
+    Parameters
+    ----------
+    maps : DataArray
+        Maps with the dimensions step, y, x, and entity or token, in any order. A dimension token is renamed to entity.
+    what : str
+        Name of the maps in error messages.
 
     Raises
     ------
     SettingError
-        The maps are not a DataArray with the dimensions step, y, x, and entity or token; `what` is the name of the maps
-        in the message.
+        The maps are not a DataArray, or have other dimensions.
     """
     if not isinstance(maps, xr.DataArray):
         raise SettingError(
@@ -289,7 +313,7 @@ def steps_first(maps: xr.DataArray, what: str) -> xr.DataArray:
 
 
 def step_labels(array: xr.DataArray) -> np.ndarray:
-    """Values of an array's coordinate "step"; 0, 1, 2, ... if it has none."""
+    """Values of the coordinate "step" of an array. Without this coordinate, the steps are numbered from 0."""
     return np.asarray(array["step"].values)
 
 
@@ -313,7 +337,16 @@ def _names(maps: Any, entities: Sequence[str] | None, count: int) -> tuple[str, 
 
 
 def _least_area(min_area: int | None, count: int, area: int) -> int:
-    """Smallest area of a region, in locations: `min_area`, or its default for `count` entities on a map of `area`."""
+    """Return the smallest area of a region in locations, for `count` entities on a map of `area` locations.
+
+    The result is `min_area`, if `min_area` is given. The default is 2% of the map, but at least one location, and at
+    most an equal share of the map for each entity.
+
+    Raises
+    ------
+    SettingError
+        The map is too small for `count` regions of this area.
+    """
     if min_area is None:
         if count > area:
             raise SettingError(

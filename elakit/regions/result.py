@@ -21,9 +21,9 @@ class Regions:
     masks : bool array, (entity, y, x)
         True inside the entity's region. No location belongs to two entities.
     scores : float array, (entity, y, x)
-        Scores of each entity's locations, to which the threshold was applied: the maps after differentiation.
+        Score of each entity at each location: the maps after differentiation, before thresholds were applied.
     floored : tuple of bool
-        True for each entity whose region was smaller than the least area and was enlarged to it.
+        True for each entity whose region was too small and was enlarged to the smallest allowed area.
     entities : tuple of str
         Label of each entity, in the order of `masks`.
 
@@ -62,7 +62,7 @@ class Regions:
         return np.asarray(~self.masks.any(axis=0))
 
     def to_xarray(self) -> xr.DataArray:
-        """`masks` as a DataArray, bool (entity, y, x), with the coordinate `floored` (entity)."""
+        """`masks` as a boolean DataArray, (entity, y, x), in which `floored` is a coordinate along entity."""
         return xr.DataArray(
             self.masks,
             dims=("entity", "y", "x"),
@@ -90,9 +90,11 @@ class Regions:
 
         Examples
         --------
-        >>> from elakit.regions import localize
-        >>> regions = localize([[[3., 1., 0.]], [[0., 2., 5.]]], binarization="mean-std")
-        >>> regions.iou([[[1, 1, 0]], [[0, 0, 1]]])
+        The cat's two regions have one of two locations in common. The frog's two regions are equal:
+
+        >>> masks = np.array([[[1, 1, 0]], [[0, 0, 1]]], dtype=bool)
+        >>> regions = Regions(masks, scores=masks.astype(float), floored=(False, False), entities=("cat", "frog"))
+        >>> regions.iou([[[1, 0, 0]], [[0, 0, 1]]])
         array([0.5, 1. ])
         """
         if isinstance(other, Regions):

@@ -1,6 +1,7 @@
-"""Stages of localization: preparation, differentiation, binarization, components and the floor on area.
+"""Stages of localization, one function per stage.
 
-`localize` runs them in this order and describes their options.
+The stages are preparation of the maps, differentiation, binarization, selection of the largest components, and
+enlargement of small regions. `localize` runs the stages in this order and describes their options.
 """
 
 from __future__ import annotations
@@ -15,10 +16,27 @@ from elakit.measures.masks import is_constant, otsu_thresholds
 def prepare(
     values: np.ndarray, background: np.ndarray | None, smooth: float, normalize: bool, subtract_pedestal: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Smooth and scale maps of entities (entity, y, x) and background (y, x), and subtract the pedestal, as requested.
+    """Prepare the maps of the entities and the background for localization.
 
-    The three steps are applied in this order. The pedestal of a map is its smallest value; it is subtracted from the
-    maps of entities only, not from the background.
+    The maps are smoothed, then scaled to 0..1, then reduced by their pedestal. Each operation is optional.
+
+    Parameters
+    ----------
+    values : ndarray, float, (entity, y, x)
+        Maps of the entities.
+    background : ndarray, float, (y, x), or None
+        Map of the background, if there is one.
+    smooth : float
+        Standard deviation of a Gaussian filter, in locations; 0 for no filter.
+    normalize : bool
+        Whether each map is scaled to 0..1.
+    subtract_pedestal : bool
+        Whether the pedestal, the smallest value of a map, is subtracted. The background keeps its pedestal.
+
+    Returns
+    -------
+    values, background
+        The prepared maps.
     """
     stack = values if background is None else np.concatenate([values, background[None]])
     if smooth:
@@ -34,9 +52,21 @@ def prepare(
 
 
 def differentiate(values: np.ndarray, winner: np.ndarray, how: str) -> np.ndarray:
-    """Nonnegative scores (entity, y, x) of the entities' maps by a rule `how` of `localize`.
+    """Compute the scores of the entities from their maps.
 
-    `winner`, bool (entity, y, x), is True where the map of an entity is the largest.
+    Parameters
+    ----------
+    values : ndarray, float, (entity, y, x)
+        Maps of the entities.
+    winner : ndarray, bool, (entity, y, x)
+        True where the map of the entity is the largest of all maps.
+    how : str
+        Rule, a value of the argument ``differentiation`` of `localize`.
+
+    Returns
+    -------
+    ndarray, float, (entity, y, x)
+        Scores, not negative.
     """
     count = len(values)
     if how == "none" or count == 1:
@@ -54,9 +84,25 @@ def differentiate(values: np.ndarray, winner: np.ndarray, how: str) -> np.ndarra
 def thresholds(
     scores: np.ndarray, background: np.ndarray | None, how: str, threshold: float, quantile: float
 ) -> np.ndarray:
-    """Values that scores must exceed for their locations to be in a region, by a rule `how` of `localize`.
+    """Compute the thresholds of binarization. A location whose score is above the threshold may be in the region.
 
-    The result can be broadcast to (entity, y, x).
+    Parameters
+    ----------
+    scores : ndarray, float, (entity, y, x)
+        Scores of the entities.
+    background : ndarray, float, (y, x), or None
+        Map of the background, required by the rule "background".
+    how : str
+        Rule, a value of the argument ``binarization`` of `localize`.
+    threshold : float
+        Factor of `background`, for the rule "background".
+    quantile : float
+        Quantile of the scores, 0 to 1, for the rule "quantile".
+
+    Returns
+    -------
+    ndarray, float
+        Thresholds, of a shape that broadcasts to (entity, y, x).
     """
     if how == "background":
         assert background is not None  # checked by localize
@@ -70,9 +116,9 @@ def thresholds(
 
 
 def largest_components(mask: np.ndarray, keep: int) -> np.ndarray:
-    """Mask that keeps only the `keep` largest connected components (8-neighborhood).
+    """Mask of the largest connected components of a mask (8-neighborhood).
 
-    On a tie, the components that come first in reading order are kept.
+    `keep` is the number of components. On a tie, the components that come first in reading order are kept.
     """
     parts, count = label(mask, connectivity=2, return_num=True)
     if count <= keep:
@@ -85,9 +131,27 @@ def largest_components(mask: np.ndarray, keep: int) -> np.ndarray:
 def fill_to_floor(
     masks: np.ndarray, scores: np.ndarray, values: np.ndarray, least: int
 ) -> tuple[np.ndarray, tuple[bool, ...]]:
-    """Disjoint regions with at least `least` locations each, and whether each region grew to reach that number.
+    """Enlarge regions that have fewer than `least` locations.
 
     The notes of `localize` state which locations are added.
+
+    Parameters
+    ----------
+    masks : ndarray, bool, (entity, y, x)
+        Disjoint regions of the entities.
+    scores : ndarray, float, (entity, y, x)
+        Scores of the entities.
+    values : ndarray, float, (entity, y, x)
+        Maps of the entities, which decide between equal scores.
+    least : int
+        Smallest area of a region, in locations.
+
+    Returns
+    -------
+    masks : ndarray, bool, (entity, y, x)
+        Disjoint regions with the smallest area or more.
+    floored : tuple of bool
+        True for each region that was too small.
     """
     count = len(masks)
     held = masks.reshape(count, -1).copy()

@@ -16,17 +16,18 @@ if TYPE_CHECKING:
 def divide(maps: np.ndarray | torch.Tensor, free: np.ndarray | None = None) -> np.ndarray:
     """Divide an image into strips of equal width, one per entity, ordered by the centers of the entities' maps.
 
-    Early in a run, maps do not yet show the outline of an entity, but they show which entity is left of another. Strips
-    divide the longer side of the image, from left to right or from top to bottom; a square image is divided from left
-    to right.
+    Early in a run, maps do not yet show the outline of an entity, but they show which entity is left of another. The
+    strips divide the longer side of the image: from top to bottom in a tall image, otherwise from left to right.
 
     Parameters
     ----------
     maps : array or tensor, (entity, y, x)
-        Raw probabilities. The lowest value of each map is subtracted before its center is computed.
+        Raw attention probabilities, one map per entity. The lowest value of each map is subtracted from the map before
+        the center of the map is computed.
     free : bool array, (y, x), optional
-        Locations that are divided among the entities; by default all. If they are not a rectangle, strips have equal
-        numbers of free locations, as far as whole columns (or rows) allow, instead of equal widths.
+        True at the locations that are divided among the entities; by default all locations. If the free locations are
+        not a rectangle, the strips have about equal numbers of free locations instead of equal widths. Each column (or
+        row) belongs to one strip.
 
     Returns
     -------
@@ -37,11 +38,13 @@ def divide(maps: np.ndarray | torch.Tensor, free: np.ndarray | None = None) -> n
     Raises
     ------
     SettingError
-        Maps have NaN, infinite or negative values, or shapes do not match.
+        `maps` has NaN, infinite or negative values; `maps` is empty or does not have three dimensions; or the shape of
+        `free` is not that of one map.
 
     Examples
     --------
-    The center of the lion's map is farther left, so the lion gets the left half:
+    The attention to the cat is strongest on the right, and the attention to the lion on the left. The lion therefore
+    gets the left half:
 
     >>> cat, lion = [[.2, .2, .3, .3]], [[.1, .4, .1, .1]]
     >>> divide(np.array([cat, lion])).astype(int).tolist()

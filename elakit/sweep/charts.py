@@ -27,15 +27,19 @@ def figures(table: pd.DataFrame) -> dict[str, go.Figure]:
     Returns
     -------
     dict of str to plotly.graph_objects.Figure
-        Three figures. "success": share of right images per method, with 95% intervals. "failures": share of images with
-        each kind of failure per method, with 95% intervals; an image may have several kinds. "time": share of right
-        images per method against its generation time relative to plain generation.
+        Three figures. "success" shows the share of right images for each method. "failures" shows the share of each
+        kind of failure for each method; an image may have several kinds of failure. "time" has one point per method:
+        its x is the generation time divided by that of plain generation, and its y is the share of right images. All
+        values have 95% intervals.
     """
     return summary_figures(summary(table))
 
 
 def summary_figures(found: pd.DataFrame) -> dict[str, go.Figure]:
-    """Figures that compare the methods of a sweep, as `figures` does, from the result of `elakit.sweep.summary`."""
+    """Figures that compare the methods of a sweep: "success", "failures" and "time", as described for `figures`.
+
+    `found` is the result of `elakit.sweep.summary`.
+    """
     names = [escape(method_title(str(name))) for name in found.index]
     # plotly counts rows from the bottom, and the first row is to be at the top
     rows = {"categoryorder": "array", "categoryarray": names[::-1], "automargin": True}
@@ -72,9 +76,10 @@ def summary_figures(found: pd.DataFrame) -> dict[str, go.Figure]:
 
 
 def _label_positions(x: pd.Series, y: pd.Series) -> list[str]:
-    """Position of each point's label, as plotly names it: "top center", "middle left" and so on.
+    """Choose the position of each point's label by plotly's names: "top center", "middle left" and so on.
 
-    A label is placed on the side of its point on which the label is farthest from other points and earlier labels.
+    `x` and `y` are the coordinates of the points. Points are labeled one after the other. Each label is placed on the
+    side of its point where it is farthest from the other points and from the labels already placed.
     """
     shifts = {"top center": (0, 0.07), "bottom center": (0, -0.07), "middle right": (0.1, 0), "middle left": (-0.1, 0)}
     points = np.nan_to_num(np.stack([x / max(x.max(), 1e-9), y / max(y.max(), 1e-9)], 1))

@@ -244,7 +244,7 @@ def score(
     device: Device = None,
     show: Annotated[bool, typer.Option("--list", help="List the scorers with their default models, and exit.")] = False,
 ) -> None:
-    """Score the stored images of a sweep; `elakit sweep report` then shows the scores.
+    """Score the stored images of a sweep with models such as CLIP. `elakit sweep report` then shows the scores.
 
     Example: elakit sweep score results/animals --scorer clip --scorer detector=google/owlv2-base-patch16
     """
@@ -292,7 +292,10 @@ def export(
 
 @app.command("suites")
 def list_suites() -> None:
-    """List the included suites of prompts, and further benchmarks, whose files you download and give to --prompts."""
+    """List the included suites of prompts, and further benchmarks that are not included.
+
+    For these benchmarks, download the file of prompts and pass it to `elakit sweep run --prompts`.
+    """
     from elakit.sweep import BENCHMARKS, SUITES
 
     for each in SUITES.values():
@@ -305,7 +308,10 @@ def list_suites() -> None:
 
 @app.command("methods")
 def list_methods() -> None:
-    """List all methods with the options that --set takes, and mark those that need --regions of `elakit run`."""
+    """List all methods with the options that `elakit sweep run --set` takes.
+
+    Methods that need regions are marked. They work with `elakit run --regions`, but not in sweeps.
+    """
     from elakit.guidance import METHODS, method_options
     from elakit.sweep.options import sweepable
 
@@ -362,9 +368,10 @@ def _check_resources(
     lora: str | None,
     local: bool,
 ) -> None:
-    """Refuse settings with which no worker could load the models, before any worker starts.
+    """Check, before any worker starts, that the workers can load the models with these settings.
 
-    If workers are on other machines (`local` is False), only the data type is checked.
+    An error is raised if they cannot. `local` is False if the workers are on other machines; then only the data type is
+    checked.
     """
     from elakit.models import HUB_ID, check_scheduler, device_named
 

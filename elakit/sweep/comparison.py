@@ -1,4 +1,8 @@
-"""Comparison of the methods of a sweep: shares with bootstrap intervals and tests against plain generation."""
+"""Comparison of the methods of a sweep.
+
+The share of right images and the shares of failures have bootstrap intervals. A statistical test compares each method
+with plain generation.
+"""
 
 from __future__ import annotations
 
@@ -27,33 +31,38 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per method, plain first. If a method was run with several options, or images were generated with several
-        settings, each combination has its own row, whose label names them. Unknown values are NaN. Columns:
+        One row per method, plain first. The index is the name of the method. A method that was run with several options
+        or settings has one row for each combination, and the index also names the options and settings that differ.
+        Unknown values are NaN. Columns:
 
-        - images, prompts: numbers of images and of different prompts.
-        - blocked: number of images that the safety checker replaced; they count in no share.
-        - success, neglect, mixture, wrong_color: shares of the judged images.
-        - fixed: of the images that are wrong with plain generation, the share that is right with the method from the
-          same noise; broken: of the images that are right with plain generation, the share that is wrong with the
-          method.
-        - score: confidence of the judge in the things that it finds in an image; seconds: generation time per image.
-          Both are ratios: the mean over the method's images, divided by the mean over the plain images from the same
-          noise.
-        - the six shares and the two ratios with the suffixes _low and _high: the ends of their bootstrap intervals.
+        - images: number of images; prompts: number of different prompts.
+        - blocked: number of images that the safety checker replaced. These images are not judged.
+        - success: share of the judged images that are right.
+        - neglect, mixture, wrong_color: share of the judged images that have this failure.
+        - fixed: share of images that the method fixed. Only images that are wrong when plain are counted.
+        - broken: share of images that the method broke. Only images that are right when plain are counted.
+        - score: mean confidence of the judge in the things that it finds, divided by the mean for the plain images from
+          the same noise.
+        - seconds: mean generation time per image, divided by the mean for the plain images from the same noise. Only
+          images that were generated on the same kind of device are compared.
+        - success_low and success_high: ends of the bootstrap interval of success. The other seven columns from neglect
+          to seconds also have intervals, with the same suffixes.
         - fixed_count, broken_count: numbers of fixed and broken images.
-        - p: p-value of McNemar's exact test of success against plain generation; p_holm: the p-value after Holm's
-          correction for the number of methods.
+        - p: p-value of McNemar's exact test, which compares the success of the method with that of plain generation.
+        - p_holm: the p-value after Holm's correction for the number of methods.
 
     Notes
     -----
-    The bootstrap resamples prompts with all their images, because images of one prompt are correlated: 2,000 resamples,
-    95% percentile intervals. McNemar's test treats images as independent, so with many seeds per prompt its p-values
-    are too small; rely on the intervals.
-
-    Times are compared between images that were generated on the same kind of device.
+    Images of one prompt are correlated. The bootstrap therefore resamples prompts, each with all its images. It makes
+    2,000 resamples and computes 95% percentile intervals. McNemar's test, by contrast, treats images as independent.
+    With many seeds per prompt, its p-values are too small; rely on the intervals.
 
     Examples
     --------
+    The table has three prompts, "a", "b" and "c", and one image per prompt and method. With plain generation, only the
+    image of "c" is right. With ELA, all images are right: two images are fixed, and no image is broken. The p-value of
+    two fixed images and no broken image is 2 * 0.5**2:
+
     >>> methods, success = ["plain", "ela"] * 3, [0, 1, 0, 1, 1, 1]
     >>> table = pd.DataFrame({"prompt": list("aabbcc"), "method": methods, "success": success})
     >>> summary(table)[["success", "fixed", "broken", "p"]].round(2)
@@ -72,7 +81,10 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def score_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean of each numeric column that `elakit.sweep.score` added, by method, with bootstrap intervals over prompts.
+    """Mean of each score of each method of a sweep, with a bootstrap interval.
+
+    Scores are the columns that `elakit.sweep.score` added to the table. Columns of text are left out. The bootstrap
+    resamples prompts, each with all its images.
 
     Parameters
     ----------
@@ -82,9 +94,9 @@ def score_summary(table: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per method and score. Columns: method (the label of its rows, see `variants`), score (name of the
-        column), images (number of images with this score), value (mean), low and high (ends of the 95% interval). Empty
-        if the sweep has no scores.
+        One row per method and score; empty if the sweep has no scores. Columns: method (its name, with the options and
+        settings that differ), score (name of the score), images (number of images with this score), value (mean score),
+        low and high (ends of the 95% interval).
     """
     own = [name for name in table.columns if name not in SCHEMA.names and name != "label"]
     numeric = [
@@ -114,7 +126,10 @@ def variants(table: pd.DataFrame) -> list[str]:
 
 
 def _filled(table: pd.DataFrame) -> pd.DataFrame:
-    """Add missing columns, and replace missing settings, so that two rows without a setting compare equal."""
+    """Return a copy of a sweep's table with all columns that the comparison needs.
+
+    Missing columns are added. Missing texts become "", so that two rows without a setting compare equal.
+    """
     frame = table.reset_index(drop=True).copy()
     for column in (*IMAGE, "options", *SHARES, "score", "seconds", "device", "blocked"):
         if column not in frame:
@@ -140,7 +155,11 @@ def _filled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_plain(table: pd.DataFrame) -> pd.DataFrame:
-    """Add the label of each row and, in columns with the suffix _plain, the results of plain from the same noise."""
+    """Add to each row of a sweep's table the results of the plain image from the same noise.
+
+    Columns with the suffix _plain contain the success, score, time and device of the plain image. The column "plain" is
+    True for the plain images themselves. The column "label" contains the result of `variants`.
+    """
     frame = _filled(table)
     frame["plain"] = frame["method"] == PLAIN
     frame["label"] = _labels(frame)
@@ -177,7 +196,10 @@ def short(value: Any) -> str:
 
 
 def _row(part: pd.DataFrame) -> dict[str, float]:
-    """Compute one row of the summary, from the images of one label."""
+    """Compute one row of the summary.
+
+    `part` has the images of one method with the same options and settings, in the form that `_with_plain` returns.
+    """
     right, before = part["success"], part["success_plain"]
     judged, compared = right.notna(), right.notna() & before.notna() & ~part["plain"]
     columns = {name: (part[name] == 1, judged) for name in SHARES}

@@ -1,4 +1,4 @@
-"""Export of kept images in the layouts that T2I-CompBench, GenEval 2 and t2v_metrics read."""
+"""Export of the images of a sweep in the layouts that T2I-CompBench, GenEval 2 and t2v_metrics read."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ MAX_NAME = 200  # bytes of the prompt in a file name; file systems allow 255 in 
 
 
 def export_images(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Export the kept images of a sweep, one folder for each combination of a method and its settings.
+    """Export the stored images of a sweep in the layouts that T2I-CompBench, GenEval 2 and t2v_metrics read.
 
-    Each folder contains
+    There is one folder for each method. A method that was run with several options or settings has one folder for each
+    combination. Each folder contains
 
-    - ``samples/PROMPT_NNNNNN.png``: the layout that the evaluation scripts of T2I-CompBench read. PROMPT is the prompt,
-      in which underscores, slashes and other characters unsuitable for file names become spaces, cut to 200 bytes.
-      NNNNNN numbers the images of the folder from 000000, in the order of prompts and seeds.
-    - ``geneval2.json``, ``geneval2-seed3.json``, ...: the path of the image of each prompt, for
-      ``--image_filepath_data`` of GenEval 2. There is one file per seed; the one without a seed in its name is for the
-      lowest seed.
-    - ``t2v_metrics.json``: a list of {"images": [path], "texts": [prompt]}, which ``batch_forward`` of t2v_metrics
-      takes.
-    - ``metadata.csv`` and ``metadata.jsonl``: one row per image with file_name, prompt, seed, method, options and
-      settings. Hugging Face's image folder reads the second file.
+    - ``samples/PROMPT_NNNNNN.png``: the images, named as the evaluation scripts of T2I-CompBench expect. PROMPT is the
+      prompt, cut to 200 bytes, with spaces instead of characters that are unsuitable for file names. NNNNNN is the
+      number of the image in the folder, from 000000, in the order of prompts and seeds.
+    - ``geneval2.json``: the path of each prompt's image with the lowest seed, for the option ``--image_filepath_data``
+      of GenEval 2. Each further seed has its own file, such as ``geneval2-seed3.json``.
+    - ``t2v_metrics.json``: a list of {"images": [path], "texts": [prompt]}, the argument of ``batch_forward`` of
+      t2v_metrics.
+    - ``metadata.csv``: one row per image with file_name, prompt, seed, method, options and settings.
+    - ``metadata.jsonl``: the same rows, in the format of image folders in Hugging Face data sets.
 
     Images are hard links where the file system allows it, and copies elsewhere.
 
@@ -54,7 +54,7 @@ def export_images(folder: str | Path, out: str | Path | None = None) -> Path:
     Raises
     ------
     OutputError
-        The folder contains no kept image, or `out` cannot be written to, or `out` exists and is not an export.
+        The sweep stored no images, `out` cannot be written to, or `out` exists and is not an export.
     """
     folder = Path(folder)
     table = read_table(folder, scores=False)
@@ -77,9 +77,10 @@ def export_images(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def _export_variant(part: pd.DataFrame, place: Path, final: Path) -> None:
-    """Write the folder of one method and its settings; files in it refer to images by their paths in `final`.
+    """Write the folder of one method, with one combination of options and settings, to `place`.
 
-    `place` is renamed to `final` when the export is complete.
+    When the export is complete, the folder is moved from `place` to `final`. The paths in its JSON files therefore
+    begin with `final`.
     """
     (place / "samples").mkdir(parents=True)
     rows, by_seed = [], dict[int, dict[str, str]]()
@@ -106,7 +107,10 @@ _METADATA = (
 
 
 def file_prompt(prompt: str) -> str:
-    """Prompt as part of a file name, without underscores: T2I-CompBench reads the prompt up to the first underscore.
+    """Convert a prompt to a part of a file name, of at most 200 bytes.
+
+    Slashes, underscores and other unsuitable characters become spaces. Underscores are unsuitable because T2I-CompBench
+    reads the prompt up to the first underscore of a file name.
 
     Examples
     --------
@@ -118,7 +122,10 @@ def file_prompt(prompt: str) -> str:
 
 
 def _folder_names(variants: Sequence[str]) -> dict[str, str]:
-    """Folder name of each method with its settings; all names are distinct."""
+    """Return a distinct folder name for each label in `variants`; the labels are the keys.
+
+    A label is the name of a method, with the options and settings that differ.
+    """
     names: dict[str, str] = {}
     for variant in variants:
         base = re.sub(r"[^A-Za-z0-9.=-]+", "-", variant).strip("-.")[:80] or "images"
@@ -139,8 +146,8 @@ def _link(source: Path, target: Path) -> None:
 def _text(parsed: Any, prompt: str) -> str:
     """Text that the model read: the prompt without the brackets that mark entities.
 
-    `parsed` is the parsed prompt as JSON, as in the column "parsed" of the sweep's table. If it is missing, `prompt` is
-    returned unchanged.
+    `parsed` is the parsed prompt as JSON, from the column "parsed" of the sweep's table. `prompt` is returned unchanged
+    if `parsed` is a missing value.
     """
     return prompt if pd.isna(parsed) else parsed_prompt(parsed).text
 

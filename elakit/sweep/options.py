@@ -1,4 +1,7 @@
-"""Options of guidance methods as canonical JSON, which is part of the identity of a unit of a sweep."""
+"""Options of guidance methods as canonical JSON: equal options always have the same text.
+
+This text is part of the key that identifies a unit of a sweep.
+"""
 
 from __future__ import annotations
 
@@ -31,30 +34,35 @@ def canonical(value: Any) -> str:
 
 
 def canonical_options(method: str, options: Mapping[str, Any]) -> str:
-    """All options of a method, including defaults, as JSON text that is the same for equal options.
+    """All options of a method, including defaults, as JSON text. Equal options always have the same text.
 
     Parameters
     ----------
     method : str
         "plain" or a name in `elakit.guidance.METHODS`.
     options : mapping of str to object
-        Options of the method that differ from their defaults. Two more keys restrict guidance to images that are likely
-        to fail. With "guide_above", a probability from 0 to 1, an image is guided only if its predicted probability of
-        failure exceeds this value. "guide_after", which requires "guide_above", is the share of the steps after which
-        the included predictor makes the prediction: 0.1, 0.2 (default), 0.3, 0.5 or 1. "plain" has no options.
+        Values of options, by name. The other options have their defaults. "plain" has no options.
+
+        Two more keys restrict guidance to images that are likely to fail. "guide_above" is a probability from 0 to 1:
+        an image is guided only if its predicted probability of failure exceeds this value. "guide_after" is the time of
+        this prediction, as a share of the steps: 0.1, 0.2 (default), 0.3, 0.5 or 1.
+        "guide_after" requires "guide_above".
 
     Returns
     -------
     str
+        JSON object of the options by name, with sorted names.
 
     Raises
     ------
     SettingError
-        The method is unknown or needs regions, it has no such option, an option has an invalid value, or "guide_after"
-        is set without "guide_above".
+        There is no such method, or the method needs regions. The method has no such option, or an option has an invalid
+        value. "guide_after" is set without "guide_above".
 
     Examples
     --------
+    The default of ELA's option anchor.step_size is 0.1. ELA has no option alpha:
+
     >>> canonical_options("ela", {}) == canonical_options("ela", {"anchor.step_size": 0.1})
     True
     >>> canonical_options("ela", {"alpha": 1})
@@ -100,15 +108,15 @@ def canonical_options(method: str, options: Mapping[str, Any]) -> str:
 
 
 def build_method(method: str, options: Mapping[str, Any]) -> Method:
-    """Guidance method with options that were read from JSON.
+    """Build a guidance method from options that were read from JSON.
 
     Parameters
     ----------
     method : str
         Name in `elakit.guidance.METHODS`.
     options : mapping of str to object
-        Options by name. An option that equals its default keeps the type of the default, which JSON may not
-        preserve.
+        Options by name. Lists are converted to tuples, because JSON stores tuples as lists. If the value of an option
+        is equal to its default, the default itself is used, with its own type.
 
     Returns
     -------
@@ -128,7 +136,7 @@ def build_method(method: str, options: Mapping[str, Any]) -> Method:
 
 
 def sweepable() -> list[str]:
-    """Names of the methods that a sweep can run: plain, and all methods without a required option.
+    """Names of the methods that a sweep can run: plain, and all methods that do not require regions.
 
     Examples
     --------
@@ -139,9 +147,10 @@ def sweepable() -> list[str]:
 
 
 def _condition(method: str, options: Mapping[str, Any]) -> dict[str, float]:
-    """Return the checked options "guide_above" and "guide_after"; empty if neither is set.
+    """Check the options "guide_above" and "guide_after", and return them as a dict.
 
-    If only "guide_above" is set, "guide_after" is 0.2, a share of the steps. "guide_after" alone is refused.
+    The dict is empty if neither option is set. "guide_after" is a share of the steps, 0.2 by default. A SettingError is
+    raised if only "guide_after" is set. `method` is the name of the method in error messages.
     """
     given = {name: options[name] for name in CONDITION if name in options}
     if not given:

@@ -21,18 +21,18 @@ COLUMNS = ("prompt", "text", "caption")  # names of the column or key that holds
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A public benchmark whose prompts are read from a file that the user downloads.
+    """A public benchmark. elakit does not contain its prompts; the user downloads a file of prompts.
 
     Attributes
     ----------
     name : str
-        Name, as given to ``elakit sweep run --suite``.
+        Name of the benchmark. ``elakit sweep run --suite NAME`` prints the commands that download the prompts.
     summary : str
-        Contents, in one line.
+        Description of the prompts, in one line.
     source : str
-        Address of the repository or data set.
+        Address of the repository or data set that contains the prompts.
     file : str
-        Path of the file in the repository or data set.
+        Path of the file of prompts in this repository or data set.
     license : str
         License of the prompts, as stated by the source.
     """
@@ -45,7 +45,7 @@ class Benchmark:
 
     @property
     def command(self) -> str:
-        """Commands, one per line, that download the file and run a sweep over its prompts."""
+        """Shell commands, one per line, that download the file of prompts and run a sweep with these prompts."""
         file = self.file.rsplit("/", 1)[-1]
         if "huggingface.co/datasets/" in self.source:
             name = self.source.partition("huggingface.co/datasets/")[2]
@@ -109,20 +109,27 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     Parameters
     ----------
     path : str or Path
-        A text file with one prompt per line; a JSON list of prompts or of objects, or an object whose values are such
-        lists; JSON Lines, CSV, TSV or Parquet; or a folder of Parquet files. Prompts of objects and tables are read
-        from the first of the keys or columns "prompt", "text" and "caption" that exists.
+        File of prompts, or a folder of Parquet files. The suffix of the file determines its format:
+
+        - .json: a list of prompts, or an object whose values are lists of prompts.
+        - .jsonl: one prompt per line, as JSON.
+        - .csv, .tsv and .parquet: a table with one prompt per row.
+        - any other suffix: text with one prompt per line.
+
+        In JSON, a prompt is a string, or an object with the key "prompt", "text" or "caption". In a table, the prompts
+        are in the column "prompt", "text" or "caption". If several of these names exist, the first is used.
 
     Returns
     -------
     tuple of str
+        The prompts in the order of the file, without repetitions.
 
     Raises
     ------
     OutputError
         The file cannot be read, or is not text in UTF-8.
     SettingError
-        An object or table has none of these keys or columns, or the file contains no prompt.
+        A table or a JSON object has none of these three names, or the file contains no prompt.
 
     Examples
     --------

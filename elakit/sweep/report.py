@@ -88,9 +88,10 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def csv_bytes(frame: pd.DataFrame) -> bytes:
-    """Encode a frame as CSV whose texts spreadsheet programs do not read as formulas.
+    """Encode a table as CSV, and change texts that a spreadsheet program would read as formulas.
 
-    A text that begins with =, +, -, @, a tab or a carriage return is preceded by an apostrophe.
+    An apostrophe is put before each text that begins with =, +, -, @, a tab or a carriage return. Numbers are not
+    changed.
 
     Examples
     --------
@@ -120,7 +121,7 @@ def _notes(table: pd.DataFrame, failed: int) -> list[str]:
 
 
 def _cells(found: pd.DataFrame) -> list[list[str]]:
-    """Format the summary, one row per method."""
+    """Format the result of `elakit.sweep.summary` as rows of text for the report, one row per method."""
     rows = []
     for name, row in zip(found.index, found.to_dict("records"), strict=True):
         cells = [method_title(str(name)), f"{row['images']:.0f}"]
@@ -138,7 +139,10 @@ def _cells(found: pd.DataFrame) -> list[list[str]]:
 
 
 def _score_cells(scores: pd.DataFrame) -> list[list[str]]:
-    """Format the scores, one row per method and one column per score."""
+    """Format the result of `score_summary` as rows of text for the report.
+
+    There is one row per method. A row has the name of the method, followed by each score with its interval.
+    """
     names = list(dict.fromkeys(scores["score"]))
     rows = []
     for method in dict.fromkeys(scores["method"]):
@@ -149,7 +153,7 @@ def _score_cells(scores: pd.DataFrame) -> list[list[str]]:
 
 
 def _settings(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """Settings of the sweep, as pairs of a name and the values that occur."""
+    """Settings of a sweep, as pairs: the name of a setting, and all its values in the table, as one text."""
     rows = [("prompts", str(table["prompt"].nunique())), ("seeds", _listed(table["seed"]))]
     rows += [(name.replace("_", " "), _listed(table[name])) for name in ("suite", *SETTINGS, "device")]
     options = table[["method", "options"]].drop_duplicates().itertuples(index=False)
@@ -158,7 +162,10 @@ def _settings(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _options(text: str) -> str:
-    """Options of a method that are not None, as text such as "name=value, name=value"; `text` is their JSON."""
+    """Options of a method as text such as "name=value, name=value", without options that are None.
+
+    `text` is a JSON object of the options.
+    """
     return ", ".join(f"{name}={value}" for name, value in json.loads(text).items() if value is not None)
 
 
@@ -167,7 +174,7 @@ def _listed(column: pd.Series) -> str:
 
 
 def _marked(text: str) -> str:
-    """Escape text for Markdown, including tables."""
+    """Escape a text for a table in Markdown: the table shows the characters of the text, without any markup."""
     for sign in "\\`*_[]|":
         text = text.replace(sign, f"\\{sign}")
     return escape_html(text, quote=False).replace("\n", " ")

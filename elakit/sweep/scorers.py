@@ -1,6 +1,7 @@
-"""Scorers of kept images: CLIP, BLIP, VQAScore, perceptual distances and zero-shot detectors, loaded by name.
+"""Scorers of the images of a sweep: CLIP, BLIP, VQAScore, perceptual distances and zero-shot detectors.
 
-A scorer computes columns of the sweep's table from one image, its prompt and, for distances, the plain image from the
+A scorer is loaded by its name. It computes one or more scores of an image. Each score becomes a column of the sweep's
+table. Most scorers compare the image with the prompt. LPIPS and DINO measure the distance to the plain image from the
 same noise. Models are loaded with transformers; VQAScore and LPIPS need the packages t2v_metrics and lpips. elakit
 contains no weights of scorers.
 """
@@ -29,16 +30,19 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """Image to score, and what scorers need to know about it.
+    """Input of a scorer: an image with its prompt, its file, and the plain image from the same noise.
 
     Attributes
     ----------
     image : PIL.Image.Image
+        Image to score.
     prompt : Prompt
+        Prompt of the image.
     plain : PIL.Image.Image or None
-        Plain image from the same noise, for distances; None if it was not kept.
+        Plain image from the same noise, to which some scorers measure a distance. None if the sweep did not store this
+        image.
     path : str
-        File of the image.
+        Path of the PNG file of the image to score.
     """
 
     image: Image.Image
@@ -82,19 +86,20 @@ def load_scorer(name: str, model: str | None = None, device: str | None = None) 
     model : str, optional
         Hub id or folder of the model; by default the `ScorerKind.model` of this scorer.
     device : str, optional
-        As in `elakit.load`.
+        Name of the device, such as "cpu" or "cuda:1". Default: CUDA where it is available, otherwise the CPU.
 
     Returns
     -------
     callable
-        Function of a `Sample` that returns its scores, a dictionary with the names of the table's columns as keys.
+        The scorer: a function that takes a `Sample` and returns a dictionary with the scores of its image. The keys are
+        names of columns of the sweep's table.
 
     Raises
     ------
     SettingError
         There is no such scorer, or no model is given and the scorer has no default.
     ModelError
-        The model or the package cannot be loaded.
+        The model cannot be loaded, or a Python package that the scorer needs is missing.
 
     Examples
     --------
@@ -120,9 +125,11 @@ def load_scorer(name: str, model: str | None = None, device: str | None = None) 
 def clip(name: str, device: torch.device) -> Scorer:
     """Load the CLIP model `name`, and return a scorer of the similarity between an image and its prompt.
 
-    Columns: clip_full, the cosine of the image and the full prompt; clip_min, the smallest cosine of the image and the
-    text of an entity. Attend-and-Excite (Chefer et al., SIGGRAPH 2023, section 5) reports both, averaged over 80
-    templates of the text; here each text is used as it is, so values are slightly different.
+    The scorer computes two columns of the sweep's table. "clip_full" is the cosine similarity of the image and the full
+    prompt. "clip_min" is the smallest cosine similarity of the image and the text of one entity, such as "a red car".
+
+    Attend-and-Excite (Chefer et al., SIGGRAPH 2023, section 5) reports both values. The paper puts each text into 80
+    sentence templates and averages over the templates. elakit uses the text alone, so its values differ slightly.
     """
     model, processor = _load(transformers.CLIPModel, transformers.CLIPProcessor, name, device)
 
@@ -137,9 +144,12 @@ def clip(name: str, device: torch.device) -> Scorer:
 def caption(name: str, device: torch.device) -> Scorer:
     """Load BLIP and CLIP, and return a scorer that compares the prompt with a caption of the image.
 
-    Columns: caption, the text that BLIP generates for the image; caption_similarity, the cosine of CLIP's embeddings of
-    the prompt and the caption (Attend-and-Excite, section 5). `name` is a BLIP captioning model, or "BLIP|CLIP" to name
-    the CLIP model, too.
+    The scorer computes two columns of the sweep's table. "caption" is the text that BLIP generates for the image.
+    "caption_similarity" is the cosine similarity between the CLIP embedding of the prompt and the CLIP embedding of the
+    caption. The measure is from Attend-and-Excite (Chefer et al., SIGGRAPH 2023, section 5).
+
+    `name` is the name of a BLIP captioning model. To choose the CLIP model, too, append "|" and the name of the CLIP
+    model.
     """
     blip_name, _, clip_name = name.partition("|")
     blip, blip_processor = _load(
@@ -175,7 +185,7 @@ def _clip_text(model: Any, processor: Any, text: str) -> torch.Tensor:
 
 
 def _texts(prompt: Prompt) -> list[str]:
-    """Text of the prompt, followed by the text of each of its entities."""
+    """List of texts: first the prompt, then the text of each entity of the prompt, such as "a red car"."""
     return [prompt.text, *(entity.text for entity in prompt.entities)]
 
 
@@ -185,9 +195,11 @@ def _texts(prompt: Prompt) -> list[str]:
 def blip_vqa(name: str, device: torch.device) -> Scorer:
     """Load the BLIP model `name` for visual question answering, and return a scorer that asks for each entity.
 
-    Column: blip_vqa, the product over the entities of the probability that "ENTITY?" is answered with yes rather than
-    no, 0 to 1. T2I-CompBench (Huang et al., NeurIPS 2023, section 4.1) asks for the noun phrases of the prompt; here
-    these are the entities with their attributes.
+    The scorer asks one question per entity, such as "a red car?", and computes the probability that the answer is "yes"
+    and not "no". The column "blip_vqa" of the sweep's table is the product of these probabilities, 0 to 1.
+
+    The measure is from T2I-CompBench (Huang et al., NeurIPS 2023, section 4.1). The paper asks for each noun phrase of
+    the prompt. elakit asks for each entity with its attributes.
     """
     model, processor = _load(transformers.BlipForQuestionAnswering, transformers.BlipProcessor, name, device)
     yes, no = (processor.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no"))
@@ -220,7 +232,9 @@ def blip_vqa(name: str, device: torch.device) -> Scorer:
 def vqascore(name: str, device: torch.device) -> Scorer:
     """Load the model `name` with the package t2v_metrics, and return a scorer that computes VQAScore.
 
-    Column: vqascore, the score of the image and the full prompt (Lin et al., ECCV 2024, by the authors' package).
+    VQAScore (Lin et al., ECCV 2024) is the probability with which a model for visual question answering confirms that
+    the image shows the prompt. The score is the column "vqascore" of the sweep's table. The package t2v_metrics is by
+    the authors of VQAScore.
     """
     package = _package("t2v_metrics", "pip install t2v-metrics")
     model = package.VQAScore(model=name, device=str(device))
@@ -237,10 +251,10 @@ def vqascore(name: str, device: torch.device) -> Scorer:
 
 
 def lpips(name: str, device: torch.device) -> Scorer:
-    """Load the network `name` with the package lpips, and return a scorer of the distance to the plain image.
+    """Load the network `name` with the package lpips, and return a scorer of an image's distance to the plain image.
 
-    Column: lpips, the LPIPS distance (Zhang et al., CVPR 2018) to the plain image from the same noise; None without a
-    plain image.
+    The column "lpips" of the sweep's table is the LPIPS distance (Zhang et al., CVPR 2018) between an image and the
+    plain image from the same noise. The value is None if the plain image was not stored.
     """
     model = _package("lpips", "pip install lpips").LPIPS(net=name).to(device)
 
@@ -258,10 +272,11 @@ def lpips(name: str, device: torch.device) -> Scorer:
 
 
 def dino(name: str, device: torch.device) -> Scorer:
-    """Load the DINO model `name`, and return a scorer of the distance to the plain image.
+    """Load the DINO model `name`, and return a scorer of an image's distance to the plain image.
 
-    Column: dino_distance, the cosine distance between the class tokens of the image and of the plain image from the
-    same noise; None without a plain image.
+    The column "dino_distance" of the sweep's table compares an image with the plain image from the same noise. The
+    distance is the cosine distance between the class tokens of the two images. The value is None if the plain image
+    was not stored.
     """
     model, processor = _load(transformers.AutoModel, transformers.AutoImageProcessor, name, device)
 
@@ -284,8 +299,12 @@ def dino(name: str, device: torch.device) -> Scorer:
 def detector(name: str, device: torch.device) -> Scorer:
     """Load the zero-shot detector `name` with `elakit.judge.detectors`, and return a scorer that judges an image.
 
-    Columns: detector_success, detector_neglect, detector_mixture, detector_wrong_color, detector_present and
-    detector_score. "detector_success" has the meaning of "success" in the sweep's table, and so on.
+    The scorer computes these columns of the sweep's table:
+
+    - detector_success: True if the image is right according to the detector.
+    - detector_neglect, detector_mixture, detector_wrong_color: True if the image has the failure of this name.
+    - detector_present: share of the entities that are in the image.
+    - detector_score: mean confidence of the detector in the things that it finds, 0 to 1; None if it finds nothing.
     """
     find = load_detector(name, device=str(device))
 

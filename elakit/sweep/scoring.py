@@ -1,4 +1,4 @@
-"""Score the kept images of a sweep, and store the scores next to its table."""
+"""Scores of the stored images of a sweep, such as CLIP similarity. The folder of the sweep contains files of scores."""
 
 from __future__ import annotations
 
@@ -30,23 +30,27 @@ def score(
     load: Callable[[str, str | None, str | None], Scorer] = load_scorer,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> pd.DataFrame:
-    """Score the kept images of a sweep; `elakit.sweep.table` then contains the scores as columns.
+    """Score the stored images of a sweep, for example by CLIP similarity.
 
-    Images that already have a score by the same model are skipped, so an interrupted call is resumed by the next one.
-    Scores by another model of the same scorer are replaced. Images that the safety checker replaced are not scored.
+    The scores become columns of the sweep's table. Images that a scorer has already scored with the same model are
+    skipped. To resume an interrupted call, repeat the call. If a scorer is used with another model, the new scores
+    replace all earlier scores of this scorer. Images that the safety checker replaced are not scored.
 
     Parameters
     ----------
     folder : str or Path
         Folder of a sweep that was run with ``keep_images=True``.
     scorers : str or sequence of str
-        Names in `elakit.sweep.SCORERS`, or NAME=MODEL for a model other than the default.
+        Names of scorers, such as "clip" (see `elakit.sweep.SCORERS`). "NAME=MODEL" names the model of a scorer, too.
+        Without a model, the default model of the scorer is used.
     device : str, optional
-        As in `elakit.load`.
+        Device of the scorers' models, such as "cuda:1". Default: CUDA where it is available, otherwise the CPU.
     load : callable
-        Function of the arguments name, model and device that loads a scorer, like `load_scorer`.
+        Function that loads a scorer, such as `load_scorer`. Its arguments are the name of the scorer, the name of the
+        model (None for the default) and the device.
     on_progress : callable, optional
-        Function that is called with (images done, images in total) after each image; an image counts once per scorer.
+        Function that is called after each image with two numbers: images done, and images in total. With several
+        scorers, each image counts once per scorer.
 
     Returns
     -------
@@ -58,7 +62,7 @@ def score(
     OutputError
         The folder contains no finished unit or no kept image, or a file cannot be read.
     SettingError
-        No scorer is given, or there is no such scorer.
+        No scorer is given, a scorer is unknown, or the model of a scorer without a default model is not named.
     ModelError
         The model or the package of a scorer cannot be loaded.
     """
@@ -91,7 +95,9 @@ def score(
 def _samples(folder: Path, table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return one dict for each kept image that the safety checker did not replace.
 
-    The keys are "key" (of the image's unit), "seed", and "sample" (a function that opens the image's `Sample`).
+    Each dict has three entries. "key" is the key of the image's unit, and "seed" is the seed of the image. "sample" is
+    a function without arguments that opens the image. The function returns a `Sample`, which contains the image, its
+    prompt and the plain image from the same noise.
     """
     settings = [name for name in IMAGE if name in table]
 
@@ -132,9 +138,10 @@ def _open(path: Path) -> Image.Image:
 
 
 def _stored(path: Path, model: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """Read a file of scores, and return the rows that `model` computed; empty if the file does not exist.
+    """Read the file with the scores of a scorer, and return the rows that were computed with the model `model`.
 
-    The result has one row per image, by the pair (key of the image's unit, seed).
+    The result is a dict with one row per image. The keys are pairs of the key of the image's unit and the seed. The
+    dict is empty if the file does not exist.
     """
     if not path.exists():
         return {}

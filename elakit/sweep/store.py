@@ -44,7 +44,15 @@ IDENTITY = (*IMAGE, "method", "options")
 
 @dataclass(frozen=True)
 class Result:
-    """Rows of a finished unit and, if images are kept, the PNG bytes of each image by its seed."""
+    """Result of a finished unit.
+
+    Attributes
+    ----------
+    rows : pyarrow.Table
+        Rows of the sweep's table, one per image of the unit.
+    images : dict of int to bytes
+        PNG bytes of each image, by the image's seed; empty if images are not stored.
+    """
 
     rows: pa.Table
     images: dict[int, bytes] = field(default_factory=dict)
@@ -58,26 +66,32 @@ def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
     folder : str or Path
         Folder of the sweep.
     scores : bool
-        Whether the columns that `elakit.sweep.score` computed are added.
+        True to add the columns that `elakit.sweep.score` has computed.
 
     Returns
     -------
     pandas.DataFrame
-        An image that two units have in common appears once. Unknown values are missing. Columns:
+        One row per image. An image that belongs to two units has only one row. Unknown values are missing. The columns:
 
-        - prompt, suite, seed, method, options (of the method, as JSON).
-        - The verdict of the judge: success, neglect, mixture, wrong_color, extra (number of things that the prompt does
-          not ask for), present (share of the entities that are in the image), score (mean confidence of the judge in
-          the things that it finds in the image, 0 to 1).
-        - blocked: True if the safety checker replaced the image, which is therefore not judged.
-        - bleed, intrusion, spill, ruzicka, attribute_bleed: means over steps and entities.
-        - loss_first, loss_last: losses in the first and the last row of the trace of the guidance; skipped: number of
-          steps whose gradient was not finite; refinements: number of refinements at all steps.
-        - seconds: generation time per image.
-        - model, steps, guidance_scale, device, dtype, detector; negative_prompt, height, width, scheduler, lora and
-          variant are missing if the default of the model was used.
-        - key (of the unit), parsed (the parsed prompt as JSON, which `parsed_prompt` reads), features (the table of
-          `elakit.prediction.features` as one list, row by row).
+        - prompt, suite, seed: the prompt, the name of its suite, and the seed of the image's initial noise.
+        - method, options: name of the guidance method or "plain", and the method's options as JSON.
+        - success: True if the image is right according to the judge.
+        - neglect, mixture, wrong_color: True if the image has the failure of this name.
+        - extra: number of things in the image that the prompt does not ask for.
+        - present: share of the entities that are in the image.
+        - score: mean confidence of the judge in the things that it finds in the image, 0 to 1.
+        - blocked: True if the safety checker replaced the image. Such an image is not judged.
+        - bleed, intrusion, spill, ruzicka, attribute_bleed: measures of bleeding, averaged over steps and entities.
+        - loss_first, loss_last: loss of the guidance method in the first and in the last row of its trace.
+        - skipped: number of steps whose latent step was left out, because the gradient was not finite.
+        - refinements: number of refinements (repeated latent steps), summed over all steps.
+        - seconds: generation time per image in seconds.
+        - model, steps, guidance_scale, device: settings with which the image was generated.
+        - dtype, negative_prompt, height, width, scheduler, lora, variant: more settings; missing if not set.
+        - detector: name of the detector that judged the image; missing if the built-in judge was used.
+        - key: key of the unit.
+        - parsed: the parsed prompt as JSON, which `parsed_prompt` reads.
+        - features: the values of the table `elakit.prediction.features`, row by row in one list.
 
     Raises
     ------
@@ -110,17 +124,20 @@ def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
 
 
 def score_file(folder: Path, scorer: str) -> Path:
-    """Path of the file with the scores that a scorer computed, whether or not it exists."""
+    """Path of the file with the scores that a scorer computes for the images of a sweep.
+
+    `folder` is the folder of the sweep, and `scorer` is the name of the scorer. The file need not exist.
+    """
     return folder / "scores" / f"{scorer}.parquet"
 
 
 def parsed_prompt(text: str) -> Prompt:
-    """Prompt of a row of the table, from the text in its column "parsed".
+    """Read a prompt from JSON text: a value of the column "parsed" in the table of a sweep.
 
     Raises
     ------
     OutputError
-        The text is missing, as in sweeps of older releases, or is not a prompt in JSON.
+        `text` is a missing value, as in sweeps of older releases, or is not a prompt in JSON.
     """
     try:
         return Prompt.from_dict(json.loads(text))
@@ -144,7 +161,10 @@ def _with_scores(folder: Path, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _read(path: Path) -> pa.Table:
-    """Read the file of a unit; columns that are missing because an older release wrote the file are empty."""
+    """Read the rows of a unit from its Parquet file.
+
+    A file of an older release may lack some columns. These columns are added without values.
+    """
     rows = pa.parquet.read_table(path, partitioning=None)
     columns = [
         rows.column(name).cast(kind) if name in rows.column_names else pa.nulls(len(rows), kind)
@@ -154,21 +174,22 @@ def _read(path: Path) -> pa.Table:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Check, before any work is done, that a path can become a folder of results.
+    """Check that a folder can be used for results, before any work is done.
 
     Parameters
     ----------
     folder : str or Path
+        Path of the folder. The folder need not exist.
 
     Returns
     -------
     Path
-        Absolute path of the folder, which need not exist.
+        Absolute path of the folder.
 
     Raises
     ------
     OutputError
-        The path is a file, is not valid text, is too long, or cannot be accessed.
+        The path belongs to a file, cannot be encoded as UTF-8, is too long, or cannot be accessed.
 
     Examples
     --------
@@ -196,7 +217,10 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def prepare(folder: str | Path, units: Sequence[Unit]) -> Path:
-    """Create the folder of a sweep, and return its path; ``sweep.json`` in it describes the first sweep written there.
+    """Create the folder of a sweep, describe the sweep in the file ``sweep.json``, and return the path of the folder.
+
+    `units` are the units of the sweep, whose settings are described. If the folder already contains ``sweep.json``, the
+    file is not changed.
 
     Raises
     ------
@@ -219,23 +243,29 @@ def prepare(folder: str | Path, units: Sequence[Unit]) -> Path:
 
 
 def finished(folder: str | Path, unit: Unit, keep_images: bool = False) -> bool:
-    """Return True if a folder contains the results of a unit and, with `keep_images`, all its images."""
+    """Return True if a folder contains the results of a unit.
+
+    If `keep_images` is True, the folder must also contain all images of the unit.
+    """
     done = (Path(folder) / "units" / f"{unit.key}.parquet").exists()
     return done and (not keep_images or all(image_path(folder, unit.key, seed).exists() for seed in unit.seeds))
 
 
 def image_path(folder: str | Path, key: str, seed: int) -> Path:
-    """Path of the image that a unit generated from a seed, whether or not it exists; `key` is the unit's key."""
+    """Path of the PNG file with the image of a unit and a seed. The file need not exist. `key` is the unit's key."""
     return Path(folder) / "images" / f"{key}-{seed}.png"
 
 
 def as_result(unit: Unit, rows: Sequence[dict[str, Any]]) -> Result:
-    """Rows of a unit as a table with all columns, and its images; columns that a row lacks are empty.
+    """Convert the rows of a unit, one dict per image, into a `Result`.
+
+    The result contains a table with all columns of the sweep's table. Values that a row lacks are missing in the table.
+    If a row has the entry "png", the PNG bytes in this entry become an image of the result.
 
     Raises
     ------
     SettingError
-        The rows do not have the seeds of the unit, in this order.
+        The seeds of the rows differ from the seeds of the unit, or have another order.
     """
     if [row["seed"] for row in rows] != list(unit.seeds):
         raise SettingError(
@@ -248,7 +278,10 @@ def as_result(unit: Unit, rows: Sequence[dict[str, Any]]) -> Result:
 
 
 def save(folder: Path, unit: Unit, result: Result) -> None:
-    """Write the images and then the rows of a finished unit, and remove the note of an earlier failure."""
+    """Write the images and then the rows of a finished unit to the folder of a sweep.
+
+    If the unit failed earlier, the JSON file with the error is deleted.
+    """
     if result.images:
         (folder / "images").mkdir(exist_ok=True)
     for seed, content in result.images.items():
@@ -260,7 +293,10 @@ def save(folder: Path, unit: Unit, result: Result) -> None:
 
 
 def note_failure(folder: Path, unit: Unit, error: str, details: str = "") -> None:
-    """Write a note with the error of a unit that failed."""
+    """Write the error of a failed unit to a JSON file in the folder of a sweep.
+
+    `error` is the message of the error. `details` is the traceback.
+    """
     note = {**unit.labels(), "seeds": unit.seeds, "error": error, "details": details}
     write_json(folder / "failed" / f"{unit.key}.json", note)
 

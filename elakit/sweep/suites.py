@@ -1,7 +1,8 @@
-"""Suites of prompts: the Attend-and-Excite benchmark, and generated suites that are harder in one respect each.
+"""Suites of prompts: the Attend-and-Excite benchmark, and suites that elakit generates at random.
 
-A generated suite has 60 prompts with the nouns and colors of picture-world. It is the same in every process, because
-its random generator is seeded with the name of the suite.
+Each generated suite differs from the benchmark in one respect that makes the prompts harder, such as three entities
+instead of two. A generated suite has 60 prompts with nouns and colors that the built-in model picture-world knows. The
+random generator is seeded with the name of the suite, so the prompts are always the same.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Suite:
     name : str
         Name, as given to ``elakit sweep run --suite``.
     summary : str
-        Rule that the prompts follow, in one line.
+        Description of the prompts, in one line.
     build : callable
         Function without arguments that returns the prompts.
     """
@@ -49,7 +50,7 @@ class Suite:
 
 
 def suite(name: str) -> tuple[str, ...]:
-    """Prompts of a suite.
+    """Prompts of the suite with a given name.
 
     Parameters
     ----------
@@ -63,11 +64,13 @@ def suite(name: str) -> tuple[str, ...]:
     Raises
     ------
     SettingError
-        There is no such suite. If the name is that of a public benchmark, which elakit does not contain, the message
-        has the commands that download it and run a sweep on its file.
+        The suite is unknown, or is a public benchmark whose prompts are not part of elakit. For such a benchmark, the
+        error message contains the commands that download the prompts and run a sweep on them.
 
     Examples
     --------
+    The Attend-and-Excite benchmark has 276 prompts. A suite that elakit generates has 60:
+
     >>> len(suite("attend-and-excite")), len(suite("three-entities"))
     (276, 60)
     >>> suite("similar-animals")[0]
@@ -93,7 +96,11 @@ def _benchmark(*groups: str) -> tuple[str, ...]:
 
 
 def _distinct(name: str, make: Callable[[np.random.Generator, int], str]) -> tuple[str, ...]:
-    """Return `SIZE` distinct prompts, made by `make` from a random generator and the number of prompts made so far."""
+    """Generate the 60 distinct prompts of a suite at random.
+
+    Each call of `make` returns one prompt. The arguments of `make` are a random generator and the number of distinct
+    prompts so far. The random generator is seeded with `name`, the name of the suite.
+    """
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     found: dict[str, None] = {}
     while len(found) < SIZE:

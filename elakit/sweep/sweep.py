@@ -30,14 +30,14 @@ GIVEN_UP = 2  # consecutive units given up, without a finished one in between, a
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of `run`: numbers of units, and the errors of those that failed.
+    """Result of `run`: the numbers of finished units, and the errors of failed units.
 
     Attributes
     ----------
     earlier : int
-        Number of units that were finished before the call of `run`.
+        Number of units that were already finished when `run` was called.
     generated : int
-        Number of units that the call finished.
+        Number of units that this call of `run` finished.
     failed : dict of str to str
         Error message of each unit that failed, by the unit's key. The next call tries these units again.
     """
@@ -49,7 +49,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Error of a unit as text, because the exception itself may not be loadable in another process."""
+    """Error of a failed unit as text.
+
+    The exception itself is not stored, because another process may be unable to unpickle the exception.
+
+    Attributes
+    ----------
+    error : str
+        Type and message of the exception.
+    details : str
+        Traceback of the exception.
+    """
 
     error: str
     details: str = ""
@@ -67,39 +77,43 @@ def run(
     generate: Generate = generate_unit,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> Outcome:
-    """Generate the units that a folder does not contain yet, and store them there.
+    """Generate the units of a sweep that are not finished yet, and store the results in the folder of the sweep.
 
-    A unit that raises an exception is noted in ``failed/`` and tried again by the next call. A worker process that dies
-    is replaced; the units it was working on are repeated one at a time, each at most three times. With the same number
-    of threads, device and batches, the table is the same however often the sweep was interrupted, except for the times.
+    If a unit raises an exception, the error is written to ``failed/``, and the next call tries the unit again. If a
+    worker process on this machine dies, it is replaced. The units that were running are then repeated one at a time,
+    each at most three times.
+
+    An interruption does not change the table of the sweep, except for the generation times. This requires that all
+    calls use the same device, the same batches and the same number of threads.
 
     Parameters
     ----------
     units : iterable of Unit
         Units, as `plan` returns them.
     folder : str or Path
-        Folder of the sweep, created if necessary. Sweeps with other settings may share it: their units have other keys.
+        Folder of the sweep, created if necessary. Several sweeps with different settings can have the same folder.
     executor : concurrent.futures.Executor, optional
-        Executor that generates the units, such as ``distributed.Client(address).get_executor()``. Its workers need no
-        access to the folder. By default, processes are started on this machine; they import the script that calls this
-        function, so the call must be inside ``if __name__ == "__main__":``.
+        Executor that generates the units, such as ``distributed.Client(address).get_executor()``. The executor's
+        workers need no access to the folder. By default, processes are started on this machine. These processes import
+        the script that calls `run`, so the call must be inside ``if __name__ == "__main__":``.
     workers : int, optional
-        Number of processes: by default one per GPU or, without a GPU, the number of CPU cores divided by `threads`.
-        With an `executor`, the number of units submitted at a time; by default all.
+        Without `executor`: number of processes. Default: one process per GPU or, without a GPU, the number of CPU cores
+        divided by `threads`. With `executor`: largest number of units that are submitted and not yet finished. Default:
+        no limit.
     threads : int, optional
-        Number of torch threads per worker. By default 1 in processes on this machine; the workers of an `executor`
-        keep their own number.
+        Number of torch threads per worker. Default: 1 for processes on this machine. The workers of an `executor` keep
+        their own setting by default.
     shard : (int, int), optional
-        Index of a shard, counted from 1, and number of shards: only the units of this shard are generated. See
-        `elakit.sweep.shard`.
+        Pair (index, count), with the index from 1 to `count`. The units are divided into `count` shards, and only the
+        units of the shard with this index are generated. See `elakit.sweep.shard`.
     keep_images : bool
-        Store every image as PNG in ``images/``. Units that were finished without images are generated again.
+        True to store every image as PNG in ``images/``. Units that were finished without images are generated again.
     generate : callable
-        Function of a unit that returns its rows; the workers must be able to import it. With `keep_images`, it is
-        called with ``keep_images=True``.
+        Function that generates a unit and returns one row per image, as `generate_unit` does. The workers must be able
+        to import the function. If `keep_images` is True, the function is called with ``keep_images=True``, too.
     on_progress : callable, optional
-        Function that is called with (images done, images in total) at the start and after each unit; images of failed
-        units count as done.
+        Function that is called with two numbers: images done, and images in total. The function is called at the start
+        and after each unit. Images of failed units count as done.
 
     Returns
     -------
@@ -110,10 +124,14 @@ def run(
     SettingError
         There is no unit, a number is out of range, or a Dask executor has no workers or workers with several threads.
     OutputError
-        The folder cannot be written to, or workers died on two units in a row.
+        The folder cannot be written to, two units in a row failed because their workers died, or a worker of an
+        `executor` died.
 
     Examples
     --------
+    One prompt and the default methods "plain" and "ela" give two units, each with the seeds 1 and 3. The function
+    `pretend` generates no images, and reports that the images of seeds above 1 are right:
+
     >>> from concurrent.futures import ThreadPoolExecutor
     >>> from tempfile import TemporaryDirectory
     >>> from elakit.sweep import plan, table
@@ -166,7 +184,7 @@ def run(
 def _results(
     units: Iterable[Unit], crew: Workers, generate: Generate, threads: int | None
 ) -> Generator[tuple[Unit, store.Result | _Failure], None, None]:
-    """Yield each unit with its result or its failure, as soon as it is available."""
+    """Let the workers generate units, and yield each unit with its result or its failure as soon as the unit ends."""
     queue = _Queue(units, crew, partial(_call, generate, threads))
     try:
         while queue.unfinished():
@@ -183,10 +201,19 @@ def _results(
 
 
 class _Queue:
-    """Units without a result: those that wait for a worker, those that run, and those whose worker has died.
+    """Queue of the units that have no result yet, including the units that are running.
 
-    Units that were running when a worker died are repeated one at a time, so that if a worker dies again, the unit
-    responsible is known.
+    If a worker dies, each running unit may be the cause. These units are repeated one at a time. The next death of a
+    worker then has only one possible cause.
+
+    Parameters
+    ----------
+    units : iterable of Unit
+        Units to generate.
+    crew : Workers
+        Workers that generate the units.
+    generate : callable
+        Function that a worker calls with a unit, and that returns the unit's result or failure.
     """
 
     def __init__(
@@ -204,7 +231,10 @@ class _Queue:
         return bool(self.waiting or self.suspects or self.running)
 
     def submit(self) -> None:
-        """Give units to free workers; dead workers are replaced as soon as no unit is running."""
+        """Submit waiting units to free workers.
+
+        After a worker has died, no unit is submitted until all running units have ended and dead workers are replaced.
+        """
         try:
             if self.broken and not self.running:
                 self.crew.replace()
@@ -221,9 +251,10 @@ class _Queue:
         return not self.running or not (alone or len(self.running) == self.crew.width)
 
     def collect(self) -> Iterator[tuple[Unit, store.Result | _Failure]]:
-        """Wait until a unit ends, and yield each ended unit with its result or its failure.
+        """Wait until at least one unit has ended, and yield each ended unit with its result or its failure.
 
-        A unit whose worker died is not yielded but repeated, until its worker has died too often.
+        If the worker of a unit dies, the unit is not yielded, but repeated. If its worker also dies at the third
+        repetition, the unit has failed.
         """
         wait(self.running, return_when=FIRST_COMPLETED)
         for future in [each for each in self.running if each.done()]:
@@ -250,7 +281,11 @@ class _Queue:
 
 
 def _call(generate: Generate, threads: int | None, unit: Unit) -> store.Result | _Failure:
-    """Generate a unit, in a worker, with the given number of torch threads."""
+    """Generate a unit in a worker, and return the unit's result, or its failure if an exception was raised.
+
+    `generate` is the function that generates the unit. `threads` is the number of torch threads; None does not change
+    this number.
+    """
     if threads is not None:
         _set_threads(threads)
     try:

@@ -1,4 +1,7 @@
-"""Workers of a sweep: processes on this machine, which are replaced if one dies, or an executor such as Dask's."""
+"""Workers that generate the units of a sweep: processes on this machine, or the workers of an executor such as Dask's.
+
+If a process on this machine dies, new processes are started.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,28 @@ WAIT = 30  # seconds that a Dask scheduler may take to get its first worker
 
 
 class Workers(Protocol):
-    """Interface between a sweep and its workers; a context manager that ends the workers that it has started.
+    """Interface between a sweep and the workers that generate its units.
+
+    The interface is a context manager. On exit, worker processes that the sweep has started are ended.
 
     Attributes
     ----------
     width : int or None
-        Largest number of units (one prompt, one method and a batch of seeds) that are submitted and not yet finished;
-        None if all are submitted at once.
+        Largest number of units that are submitted and not yet finished. None means that all units are submitted at
+        once.
     """
 
     width: int | None  # units submitted at a time; None: all
 
     def submit(self, call: Any, *arguments: Any) -> Future[Any]:
-        """Submit a call and return its future; `concurrent.futures.BrokenExecutor` is raised if a worker has died."""
+        """Submit the function `call` with its arguments to the workers, and return the future of the result.
+
+        Raises `concurrent.futures.BrokenExecutor` if a worker has died.
+        """
         ...
 
     def replace(self) -> None:
-        """Start new workers in place of broken ones."""
+        """Start new workers after a worker has died."""
         ...
 
     def __enter__(self) -> Workers: ...
@@ -44,18 +52,19 @@ class Workers(Protocol):
 
 
 class Pool:
-    """Worker processes, started with "spawn".
+    """Worker processes of a sweep on this machine, started with "spawn" and not with "fork".
 
-    A fork copies only the calling thread. A forked process would therefore inherit the state of torch's thread pool
-    without its threads, and could wait for them forever.
+    A forked process would contain torch's thread pool, but no threads of the pool. Such a process could wait for the
+    threads forever.
 
     Parameters
     ----------
     workers : int
         Number of processes.
     gpus : sequence of str
-        Entries of ``CUDA_VISIBLE_DEVICES``. Each process sees one GPU: the first process the first entry, the second
-        process the second one, and so on, starting over at the end. Without entries, every process sees all GPUs.
+        GPUs, as entries of ``CUDA_VISIBLE_DEVICES``. Each process sees only one GPU. The GPUs are assigned to the
+        processes in turn, and again from the first GPU if there are more processes than GPUs. If `gpus` is empty, every
+        process sees all GPUs.
     """
 
     def __init__(self, workers: int, gpus: Sequence[str] = ()) -> None:
@@ -64,11 +73,11 @@ class Pool:
         self._open()
 
     def submit(self, call: Any, *arguments: Any) -> Future[Any]:
-        """Submit a call to the next free worker."""
+        """Submit the function `call` with its arguments to the next free process; return the future of the result."""
         return self._executor.submit(call, *arguments)
 
     def replace(self) -> None:
-        """End the remaining workers of a broken pool, and start new ones."""
+        """End all remaining processes after a process has died, and start new processes."""
         self._close(at_once=True)
         self._open()
 
@@ -94,14 +103,14 @@ class Pool:
 
 
 class Borrowed:
-    """Workers of an executor that the caller of the sweep has started and shuts down.
+    """Workers of an executor that the user provides. The sweep neither starts nor ends these workers.
 
     Parameters
     ----------
     executor : concurrent.futures.Executor
+        Executor of the user, such as Dask's.
     width : int, optional
-        Largest number of units (one prompt, one method and a batch of seeds) that are submitted and not yet finished;
-        by default all are submitted at once.
+        Largest number of units that are submitted and not yet finished. By default, all units are submitted at once.
 
     Raises
     ------
@@ -116,11 +125,11 @@ class Borrowed:
         self.executor, self.width = executor, width
 
     def submit(self, call: Any, *arguments: Any) -> Future[Any]:
-        """Submit a call to the executor."""
+        """Submit the function `call` with its arguments to the executor, and return the future of the result."""
         return self.executor.submit(call, *arguments)
 
     def replace(self) -> None:
-        """Raise `OutputError`, because only the caller can start the executor again."""
+        """Raise `OutputError`: a sweep cannot start new workers for an executor that the user provides."""
         raise OutputError(
             f"The workers of {type(self.executor).__name__} died. Finished units are kept. Run the sweep again with a "
             "new executor."
@@ -135,14 +144,14 @@ class Borrowed:
 
 @contextmanager
 def dask_executor(address: str, wait: float = WAIT) -> Iterator[Executor]:
-    """Connect to a Dask scheduler, as a context manager that yields an executor for its workers.
+    """Context manager that connects to a Dask scheduler, and yields an executor of the scheduler's workers.
 
     Parameters
     ----------
     address : str
         Address of the scheduler, such as "tcp://host:8786".
     wait : float
-        Seconds to wait for the first worker.
+        Longest time to wait for the first worker, in seconds.
 
     Raises
     ------
@@ -168,16 +177,17 @@ def dask_executor(address: str, wait: float = WAIT) -> Iterator[Executor]:
 
 
 def check_dask_workers(client: Any, wait: float = WAIT) -> None:
-    """Refuse a Dask cluster that has no workers, or workers that run several units at once.
+    """Raise an error if a Dask cluster has no worker, or if a worker of the cluster has several threads.
 
-    A pipeline is recorded and guided through hooks, so a process generates one unit at a time; further threads of a
-    worker would only wait.
+    The threads of a worker share one pipeline, so only one thread at a time can generate images. All other threads of
+    the worker would wait.
 
     Parameters
     ----------
     client : distributed.Client
+        Client that is connected to the cluster.
     wait : float
-        Seconds to wait for the first worker.
+        Longest time to wait for the first worker, in seconds.
 
     Raises
     ------
@@ -205,12 +215,13 @@ def visible_gpus(device: str | None) -> tuple[str, ...]:
     Parameters
     ----------
     device : str or None
-        None or "cuda" selects all GPUs; a single device, such as "cuda:1" or "cpu", selects none.
+        Device of the sweep. None and "cuda" stand for all GPUs. With a single device, such as "cuda:1" or "cpu", all
+        workers use the same device and are not distributed.
 
     Returns
     -------
     tuple of str
-        Empty if workers need not be distributed, or there is no GPU.
+        One entry per GPU. The tuple is empty if workers are not distributed, or if there is no GPU.
     """
     if device not in (None, "cuda"):
         return ()
@@ -224,18 +235,23 @@ def visible_gpus(device: str | None) -> tuple[str, ...]:
 
 
 def default_workers(device: str | None, threads: int) -> int:
-    """Default number of workers: one per GPU or, on the CPU, the number of CPU cores divided by `threads`, at least 1.
+    """Default number of workers of a sweep.
+
+    The default on GPUs is one worker per GPU. On the CPU, the default is the number of CPU cores divided by
+    `threads`, but at least 1.
 
     Parameters
     ----------
     device : str or None
-        None or "cuda" stands for all GPUs; without a GPU, None stands for the CPU. A single GPU, such as "cuda:0", gets
-        one worker.
+        Device of the sweep. "cuda" stands for all GPUs, and "cuda:0" for a single GPU. None stands for all GPUs, or for
+        the CPU if there is no GPU.
     threads : int
         Number of torch threads per worker.
 
     Examples
     --------
+    A single GPU has one worker. With 10,000 threads per worker, the CPU has one worker, too:
+
     >>> default_workers("cuda:0", 4), default_workers("cpu", 10_000)
     (1, 1)
     """
@@ -247,11 +263,11 @@ def default_workers(device: str | None, threads: int) -> int:
 
 
 def _prepare(sweep: Connection, started: Any, gpus: tuple[str, ...]) -> None:
-    """Initialize a worker: choose its GPU, leave Ctrl-C to the sweep's process, and end when that process ends.
+    """Initialize a worker process: choose its GPU, ignore Ctrl-C, and exit when the sweep's main process exits.
 
-    The sweep's process holds the other end of the pipe `sweep`. When that process ends, even if it is killed, the pipe
-    is closed, and the worker ends, too. `started` is a shared integer, the number of workers started so far. It selects
-    the worker's entry of `gpus`, starting over at the end.
+    `sweep` is a pipe from the main process. If the main process exits or is killed, the pipe is closed, and the worker
+    exits, too. `started` is an integer that all workers share: the number of workers started so far. The n-th worker
+    uses the n-th GPU of `gpus`. If there are more workers than GPUs, counting begins again at the first GPU.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if gpus:

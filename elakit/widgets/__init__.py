@@ -1,4 +1,4 @@
-"""Jupyter widgets: the explorer and the live panel."""
+"""Jupyter widgets: the explorer shows finished runs, and the live panel shows a run while it is generated."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
-"""Drawings from which scenes are composed: the files of each noun, and their pixels.
+"""Drawings from which scenes are composed: which drawings show a noun, and the pixels of a drawing.
 
-Drawings are in ``data/art/<artist>/``; ``index.json`` lists those of each noun. Vector files are rasterized with resvg
-(the package ``resvg-py``, part of the extra ``elakit[train]``).
+Drawings are in ``data/art/<artist>/``; ``data/art/index.json`` lists the drawings of each noun. Vector files are
+rasterized with resvg (the package ``resvg-py``, part of the extra ``elakit[train]``).
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ class Drawing:
     file : str
         Path below ``data/art``.
     view : {"body", "face"}
-        Part of the thing that the drawing shows.
+        "face" if the drawing shows only the face of an animal, else "body".
     head : tuple of float or None
-        Position of a crown: (x, y) of the top of the head and the width of the head there, as fractions of the side of
-        the square that `rasterize` returns. None for things without a head and for heads that are hard to crown.
+        (x, y, width): the top of the head, where a crown or a bow is placed, and the width of the head at this point.
+        The numbers are fractions of the side of the square that `rasterize` returns. None for things without a head and
+        for heads that are hard to crown.
     eyes : tuple of float or None
-        Position of glasses: (x, y) of the point between the eyes, and the width of the glasses, in the same unit. None
-        for heads drawn from the side.
+        (x, y, width): the point between the eyes, where glasses are placed, and the width of the glasses. The numbers
+        are fractions as in `head`. None for things without eyes and for heads drawn from the side.
     """
 
     noun: str

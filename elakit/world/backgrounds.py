@@ -39,10 +39,10 @@ def background(
     kinds : tuple of str
         Kinds to choose from, each one of `KINDS`.
     avoid : list of ndarray, (3,)
-        Mean RGB color of each thing in the scene, in [0, 1]; may be empty. The background's color is one of a few
-        random tones, preferably one that is far from these colors.
+        Mean RGB color of each thing in the scene, in [0, 1]; may be empty. The color of the background is random, but
+        far from these colors if possible.
     size : int
-        Side in pixels.
+        Side of the background in pixels.
     rng : numpy.random.Generator
 
     Returns
@@ -55,7 +55,7 @@ def background(
     Raises
     ------
     SettingError
-        A kind is unknown.
+        The kind that was chosen is unknown.
 
     Examples
     --------
@@ -127,7 +127,11 @@ def _pattern(kind: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) 
 
 
 def _tone(avoid: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """First of six random tones that is far enough from all colors to avoid; if none is, the farthest of the six."""
+    """Random background color that is far from the colors in `avoid`, if possible; RGB, (3,).
+
+    Six random colors are compared with `avoid`. The first of the six that is far enough from all colors in `avoid` is
+    chosen. If none of the six is far enough, the farthest is chosen.
+    """
     tones = _PALETTE[rng.integers(len(_PALETTE), size=6)] + rng.normal(0, 0.02, (6, 3)).astype(np.float32)
     if not avoid:
         return tones[0]

@@ -25,14 +25,14 @@ MOST_SEEN_BEHIND = 0.88  # if a larger share of the thing behind is visible, it 
 
 @dataclass(frozen=True)
 class Place:
-    """Position, size and pose of a sprite in a scene.
+    """Position, size and pose of a sprite (a square image of one drawing) in a scene.
 
     Attributes
     ----------
     x, y : float
-        Center, as a share of the scene's side.
+        Center of the sprite, as shares of the scene's side.
     scale : float
-        Longest side of the sprite, as a share of the scene's side.
+        Side of the sprite, as a share of the scene's side.
     flip : bool
         True if the sprite is mirrored from left to right.
     angle : float
@@ -55,8 +55,8 @@ class Shape:
     ink : tuple of float
         (left, top, right, bottom) of the opaque pixels.
     head, eyes : tuple of float or None
-        (x, y, width) of the top of the head and of the eyes, as in `elakit.world.art.Drawing`; None if the drawing does
-        not show them.
+        Position and width of the top of the head (`head`) and of the eyes (`eyes`), each as (x, y, width); see
+        `elakit.world.art.Drawing`. None if the drawing has no such position.
     """
 
     ink: tuple[float, float, float, float]
@@ -71,11 +71,11 @@ def posed(place: Place, rng: np.random.Generator, mirrored: float = 0.5) -> Plac
 
 
 def fits(layout: str, first: str, second: str) -> bool:
-    """True if two things can be placed in a layout; the arguments are one of `PAIR_LAYOUTS` and the things' nouns.
+    """True if two things can be placed in a layout, in this order.
 
-    Only two layouts restrict the nouns. "worn" requires an animal as the first noun, and a thing that animals
-    wear as the second. "on" requires a thing that can stand on a support as the first noun, and a support as the
-    second.
+    `layout` is one of `PAIR_LAYOUTS`; `first` and `second` are the nouns of the things. Only two layouts restrict the
+    nouns. In the layout "worn", the first thing must be an animal, and the second a crown, glasses or a bow. In the
+    layout "on", the first thing must be able to stand on a support, and the second must be a support, such as a bench.
 
     Examples
     --------
@@ -90,14 +90,17 @@ def fits(layout: str, first: str, second: str) -> bool:
 
 
 def single_place(sizes: tuple[float, float], rng: np.random.Generator) -> Place:
-    """Random place inside the scene for a single thing; `sizes` is the range of its size, in shares of the side."""
+    """Random place inside the scene for a single thing.
+
+    `sizes` are the smallest and the largest size that the thing may have, as shares of the scene's side.
+    """
     return _anywhere(float(rng.uniform(*sizes)), rng)
 
 
 def pair_places(
     layout: str, shapes: tuple[Shape, Shape], rng: np.random.Generator, mirrored: float = 0.5
 ) -> tuple[Place, Place] | None:
-    """Random places for two things in a layout, in the order of the things.
+    """Random places for two things in a layout.
 
     Parameters
     ----------
@@ -112,7 +115,7 @@ def pair_places(
     Returns
     -------
     tuple of Place, or None
-        Place of the first and of the second thing. None for the layout "worn", whose places `worn_places` computes.
+        Place of the first thing and place of the second thing. None for the layout "worn": use `worn_places` instead.
     """
     if layout == "worn":
         return None  # placed by `worn_places`, which needs to know what is worn
@@ -166,8 +169,8 @@ def worn_places(
     Returns
     -------
     tuple of Place, or None
-        Place of the animal and of the thing. None if the animal's drawing has no position for the thing (`eyes` for
-        glasses, `head` for the others), or if the two do not fit into the scene.
+        Place of the animal and place of the thing. None if the two do not fit into the scene, or if the animal's
+        `Shape` has no position for the thing: `eyes` for glasses, `head` for a crown or a bow.
     """
     wearer, worn = shapes
     anchor = wearer.eyes if item == "glasses" else wearer.head
@@ -264,10 +267,14 @@ def relation_of(first: np.ndarray, second: np.ndarray) -> str | None:
     Returns
     -------
     str or None
-        "left of" or "right of" if the centers of the bounding boxes are farther apart horizontally than vertically,
-        otherwise "above" or "below". None if, in this direction, the boxes overlap by more than a tenth of the smaller
-        box's extent. None also if the centers' distance in the other direction is more than half of their distance in
-        this direction.
+        "left of" or "right of" if the bounding boxes of the masks are side by side, "above" or "below" if one box is
+        above the other. None if the relation is not clear.
+
+    Notes
+    -----
+    The main direction is the direction, horizontal or vertical, in which the centers of the boxes are farther apart.
+    The relation is clear if two conditions hold. In the main direction, the boxes overlap by at most a tenth of the
+    smaller box's extent. In the other direction, the centers are at most half as far apart as in the main direction.
 
     Examples
     --------
@@ -290,7 +297,9 @@ def relation_of(first: np.ndarray, second: np.ndarray) -> str | None:
 
 
 def _on(shapes: tuple[Shape, Shape], rng: np.random.Generator, mirrored: float) -> tuple[Place, Place]:
-    """Random places of a thing and the support on which it stands.
+    """Random places of a thing and of the support on which the thing stands.
+
+    `shapes` are the shapes of the thing and of the support.
 
     The thing's lower edge is below the support's upper edge by a tenth of the support's height.
     """
@@ -320,7 +329,10 @@ def _apart(scales: tuple[float, float], rng: np.random.Generator, mirrored: floa
 
 
 def _clear(a: Place, b: Place) -> bool:
-    """True if the squares of two places overlap by less than a tenth of their mean side, in x or in y."""
+    """True if the squares of two places hardly overlap or do not overlap at all.
+
+    In at least one of the directions x and y, their overlap must be less than a tenth of the mean of their sides.
+    """
     return max(abs(a.x - b.x), abs(a.y - b.y)) > 0.9 * (a.scale + b.scale) / 2
 
 

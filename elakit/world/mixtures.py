@@ -1,9 +1,9 @@
 """Hybrids of two things, composed with ground truth as training examples for the judge.
 
-Generated images fuse entities in many ways. Four of these ways are composed here: one thing painted over the other
-("overlaid"), one seen through the other ("blended"), half of each ("halves"), and the colors and texture of one inside
-the outline of the other ("filled"). For comparison, images without a hybrid are composed as well: one thing is partly
-in front of the other, and the two are not fused ("occluded"). A `Mixture` holds an image of any of the five kinds.
+Generated images fuse two things in many ways, four of which are composed here. The second thing is painted over the
+first ("overlaid"), both things are transparent ("blended"), each thing shows one half ("halves"), or the outline of the
+first thing has the colors and texture of the second ("filled"). For comparison, a fifth kind of image has no hybrid:
+the second thing is partly in front of the first ("occluded"). A `Mixture` holds an image of any of the five kinds.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Mixture:
     ----------
     image : ndarray, uint8, (size, size, 3)
     subjects : tuple of Subject
-        The two subjects of the hybrid, and, if there is one, a third subject that stands beside it.
+        The two subjects that are combined. A third subject, which may be missing, stands beside the two.
     owner : ndarray, uint8, (size, size)
-        1 + index in `subjects` of the thing that a pixel shows most; 0 for the background, ``UNCERTAIN`` where two
-        things are blended about equally.
+        Thing that each pixel shows most: 1, 2 or 3 for the first, second or third subject, 0 for the background.
+        The value is ``UNCERTAIN`` where two things are blended about equally.
     mixed : ndarray, bool, (size, size)
         Pixels of the hybrid; all False for "occluded".
     kind : str
@@ -110,14 +110,14 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
 
 
 def sample_mixture(world: World, rng: np.random.Generator, kinds: tuple[str, ...] = KINDS) -> Mixture:
-    """Image with a random hybrid of two nouns; in at most 30% of the images, a third thing stands beside the hybrid.
+    """Image with a hybrid of two random things; in at most 30% of the images, a third thing stands beside the hybrid.
 
     Parameters
     ----------
     world : World
     rng : numpy.random.Generator
     kinds : tuple of str
-        Kinds to choose from, as in `compose_mixture`; an image of the kind "occluded" has no hybrid.
+        Kinds to choose from, as in `compose_mixture`. If the kind "occluded" is chosen, the image has no hybrid.
 
     Returns
     -------
@@ -135,7 +135,18 @@ def sample_mixture(world: World, rng: np.random.Generator, kinds: tuple[str, ...
 def _meet(
     first: Image.Image, second: Image.Image, kind: str, place: Place, world: World, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Combine two sprites: premultiplied layer, what each pixel shows (0, 1, 2 or UNCERTAIN), mask of the hybrid."""
+    """Combine two sprites at a place of the scene, in the way that `kind` names.
+
+    Returns
+    -------
+    ndarray, (size, size, 4)
+        Layer that shows both sprites, as premultiplied RGBA in [0, 1].
+    ndarray, uint8, (size, size)
+        Sprite that each pixel shows most: 1 or 2, 0 for none, ``UNCERTAIN`` if both are blended about equally. For the
+        kind "occluded", all values are 0 if the second sprite covers too much of the first, or nothing.
+    ndarray, bool, (size, size)
+        Pixels of the hybrid; all False for the kind "occluded".
+    """
     size = world.size
     apart = {"overlaid": 0.3, "occluded": 0.85}.get(kind, 0.08) * place.scale
     angle = rng.uniform(0, 2 * np.pi)

@@ -19,17 +19,18 @@ from elakit.world.art import Drawing
 
 @dataclass(frozen=True)
 class Paint:
-    """A target color in CIE Lab, and how much of a drawing's shading is kept with it.
+    """A color in which drawings are painted, and how much of a drawing's shading the paint keeps.
 
     Attributes
     ----------
     lightness, a, b : float
-        Coordinates in CIE Lab (D65).
+        Coordinates of the color in CIE Lab (D65); `lightness` is from 0 to 100.
     shading : float
-        Factor by which the differences of the body's pixels from the body's median lightness are multiplied.
+        Share of the shading that is kept. At 0, all painted pixels have the same lightness. At 1, they differ in
+        lightness as much as before the painting.
     floor, ceiling : float
-        Lowest and highest lightness of a painted pixel, so that shadows on red still look red and highlights on black
-        still look black.
+        Lowest and highest lightness of a painted pixel. With these limits, shadows on red still look red and highlights
+        on black still look black.
     """
 
     lightness: float
@@ -62,18 +63,17 @@ class BodyRule:
     Attributes
     ----------
     tolerance : float
-        Largest distance in degrees from the main hue at which a pixel belongs to the body.
+        For the kind "hue": largest distance, in degrees, of a body pixel's hue from the main hue of the drawing.
     kind : {"auto", "hue", "neutral", "light", "dark", "frame"}
-        Part of the drawing that is its body: the pixels of the main hue ("hue"), the grays ("neutral"), the light part
-        ("light"), the dark part ("dark"), or the darkest third and what is about as dark ("frame", for glasses, whose
-        lenses become pale). "auto" chooses "neutral" if the grays cover clearly more pixels than the colored part, else
-        "hue".
+        Pixels that are the body. "hue": the pixels near the main hue. "neutral": the grays. "light": the light pixels.
+        "dark": the dark pixels. "frame", for glasses: the darkest third, and pixels that are about as dark. "auto":
+        the same as "neutral" if clearly more pixels are gray than colored, else the same as "hue".
     dark_too : bool
-        True if dark pixels belong to the body as well, such as the iron feet of a bench.
+        For the kind "hue": True if dark pixels belong to the body as well, such as the iron feet of a bench.
     chroma : float
-        Chroma below which a pixel is a detail, for the kind "hue".
+        For the kind "hue": chroma below which a pixel is a detail.
     lilac : bool
-        True if lilac counts as neutral, because the artist shades grays with it.
+        For the kind "neutral": True if lilac counts as gray, because the artist shades grays with lilac.
     """
 
     tolerance: float = 50
@@ -121,18 +121,19 @@ def rule_for(drawing: Drawing) -> BodyRule:
 
 
 def body_weight(rgba: np.ndarray, rule: BodyRule) -> np.ndarray:
-    """Weight of each pixel as a part of the body.
+    """Weight with which each pixel of a drawing belongs to the body, that is, to the part that is recolored.
 
     Parameters
     ----------
     rgba : ndarray, (h, w, 4)
-        Straight RGBA in [0, 1].
+        Straight (not premultiplied) RGBA in [0, 1].
     rule : BodyRule
+        Rule that separates the body from the details.
 
     Returns
     -------
     ndarray, (h, w)
-        0 for details, 1 for the body, and values in between at their borders.
+        1 for the body, 0 for details, and values in between at the borders between body and details.
     """
     lab = rgb2lab(rgba[..., :3])
     light, chroma = lab[..., 0], np.hypot(lab[..., 1], lab[..., 2])
@@ -161,19 +162,21 @@ def body_weight(rgba: np.ndarray, rule: BodyRule) -> np.ndarray:
 
 
 def recolor(rgba: np.ndarray, color: str, rule: BodyRule) -> np.ndarray:
-    """Copy of a drawing with its body in another color.
+    """Copy of a drawing with its body, the part that `rule` selects, in another color.
 
     Parameters
     ----------
     rgba : ndarray, (h, w, 4)
-        Straight RGBA in [0, 1].
+        Straight (not premultiplied) RGBA in [0, 1].
     color : str
-        A key of ``PAINTS``.
+        Name of the new color, a key of ``PAINTS``.
     rule : BodyRule
+        Rule that separates the body from the details.
 
     Returns
     -------
     ndarray, float32, (h, w, 4)
+        Straight RGBA in [0, 1].
 
     Raises
     ------
@@ -219,6 +222,12 @@ def fade(light: np.ndarray, paint: Paint) -> np.ndarray:
     light : ndarray
         CIE lightness, 0 to 100.
     paint : Paint
+        The color that is made paler.
+
+    Returns
+    -------
+    ndarray
+        Factor for the coordinates a and b of the paint, from 0 to 1, in the shape of `light`.
     """
     above = (light - paint.lightness) / max(1.0, 100 - paint.lightness)
     below = 0.45 + 0.55 * np.clip(light / paint.lightness, 0, 1)
@@ -226,7 +235,11 @@ def fade(light: np.ndarray, paint: Paint) -> np.ndarray:
 
 
 def _light_details(lab: np.ndarray, weight: np.ndarray, solid: np.ndarray) -> np.ndarray:
-    """Lighten small dark details (eyes, mouths), which would vanish on a black body; large ones (a mane) stay dark."""
+    """Copy of a drawing, in CIE Lab, with lighter eyes and mouths, which would otherwise vanish on a black body.
+
+    All small dark details are made lighter. Large dark details, such as a mane, stay dark. `weight` is the result of
+    `body_weight`, and `solid` is True at the drawing's opaque pixels.
+    """
     light = lab[..., 0]
     dark = _ramp(light, 42, 30) * (1 - weight)
     parts, count = ndimage.label((dark > 0.3) & solid)
@@ -241,7 +254,10 @@ def _light_details(lab: np.ndarray, weight: np.ndarray, solid: np.ndarray) -> np
 
 
 def _main_hue(hue: np.ndarray, chroma: np.ndarray) -> float:
-    """Hue in degrees with the largest summed chroma, from a smoothed circular histogram."""
+    """Most frequent hue of a drawing, in degrees from -180 to 180.
+
+    The hue is the maximum of a smoothed circular histogram in which each pixel is weighted by its chroma.
+    """
     counts, edges = np.histogram(hue, 72, (-180, 180), weights=np.minimum(chroma, 60))
     smooth = ndimage.convolve1d(counts, [1, 2, 3, 2, 1], mode="wrap")
     return float(edges[smooth.argmax()] + 2.5)
@@ -252,6 +268,9 @@ def _hue_distance(hue: np.ndarray, other: float) -> np.ndarray:
 
 
 def _ramp(x: np.ndarray, zero: float, one: float) -> np.ndarray:
-    """Smooth transition from 0 at `zero` to 1 at `one`, constant on either side; it falls with x if `zero` > `one`."""
+    """Smooth step function: 0 for x below `zero`, 1 for x above `one`, and a smooth transition in between.
+
+    If `zero` is larger than `one`, the function is 1 for x below `one` and 0 for x above `zero`.
+    """
     t = ((x - zero) / (one - zero)).clip(0, 1)
     return t * t * (3 - 2 * t)

@@ -1,8 +1,8 @@
 """Captioned scenes with ground truth: noun, color, box and exact mask of every entity, the layout and the relation.
 
-A scene has one to four drawings on a background. A `World` sets how many entities scenes have, how pairs are laid out,
-how captions are worded and how often they state the relation, which pairs of nouns are never shown together, and how
-often things have their natural color. A model bleeds if it is trained on few pairs and on mostly natural colors.
+A scene has one to four drawings on a background. A `World` holds the settings of scenes: the number of entities, the
+layouts of pairs, and the wording of captions. It also sets which pairs of nouns are never shown together, and how often
+things have their natural color. A model that is trained on few pairs and mostly natural colors bleeds.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Subject:
 
     @property
     def words(self) -> str:
-        """Color, if there is one, and noun, without an article: "red car"."""
+        """Noun with its color, such as "red car"; the noun alone if there is no color."""
         return f"{self.color} {self.noun}" if self.color else self.noun
 
 
@@ -118,11 +118,11 @@ class Scene:
     background : str
         Kind of the background, one of `elakit.world.backgrounds.KINDS`.
     layout : str
-        "single"; one of `elakit.world.layouts.PAIR_LAYOUTS`; "row", "column", "triangle" or "free" for three things,
-        "grid" or "free" for four.
+        For one thing, "single". For two things, one of `elakit.world.layouts.PAIR_LAYOUTS`. For three things, "row",
+        "column", "triangle" or "free". For four things, "grid" or "free".
     relation : str or None
-        Relation of the first entity to the second, a key of `RELATION_WORDS`; None if it is not clear, or if the scene
-        is not a pair.
+        Relation of the first entity to the second, a key of `RELATION_WORDS`. None if the relation is not clear, or if
+        the scene does not have two entities.
     stated : bool
         True if the caption states the relation.
     """
@@ -143,7 +143,7 @@ class World:
     Attributes
     ----------
     size : int
-        Side of a scene in pixels.
+        Side of a scene in pixels, at least 1.
     artists : tuple of str
         Artists whose drawings are used (see `elakit.world.art.ARTISTS`).
     views : tuple of str
@@ -161,10 +161,10 @@ class World:
         Shares of the layouts of pairs; they add up to 1, and none is larger than `LARGEST_LAYOUT`.
     free_captions : float
         Probability that a caption has one of the `FREE_WORDINGS`, chosen at random. Otherwise, it is worded as in the
-        benchmark, "a red car and a bird". Captions that state a relation have neither wording. If there are three or
-        four entities, the chosen wording is afterward replaced by "list" with a probability of 0.6.
+        benchmark, "a red car and a bird". With three or four entities, 60% of the captions have the wording
+        "list" instead. The setting has no effect on captions that state a relation.
     stated : float
-        Probability that the caption states the relation, for pairs with a clear relation.
+        Probability that the caption of a pair states the relation of the two entities, if the relation is clear.
     held_out : float
         Share of noun pairs that no scene shows together.
     natural : float
@@ -177,10 +177,8 @@ class World:
     Raises
     ------
     SettingError
-        The shares of `entities` or of `layouts` do not add up to 1, or one of them is negative; there are more than
-        four shares of `entities`; a layout is unknown or its share larger than `LARGEST_LAYOUT`; `single_sizes` is not
-        a range of sizes; `size` or `most_drawings` is not a whole number, 1 or more; a probability, another share or
-        `shadow` is outside [0, 1]; or an artist, a view or a kind of background is unknown.
+        A number is outside the range that is stated for its setting. The shares of `entities` or of `layouts` do not
+        add up to 1. `artists`, `views`, `layouts` or `backgrounds` is empty or has an unknown name.
     """
 
     size: int = 128
@@ -253,7 +251,10 @@ class World:
         return self._drawings[noun]
 
     def without(self, hidden: Callable[[Drawing], bool]) -> World:
-        """Copy of this world without the drawings for which `hidden` is true; a noun keeps all if none remains."""
+        """Copy of this world without the drawings for which `hidden` returns True.
+
+        If no drawing of a noun would remain, the noun keeps all its drawings.
+        """
         smaller = replace(self)
         for noun in NOUNS:
             every = self.drawings(noun)
@@ -261,7 +262,7 @@ class World:
         return smaller
 
     def held_out_pairs(self) -> frozenset[frozenset[str]]:
-        """Pairs of nouns that are never shown together; they depend only on the share `held_out`."""
+        """Pairs of nouns that no scene shows together. Worlds with the same `held_out` have the same pairs."""
         return _held_out_pairs(self.held_out)
 
 
@@ -283,6 +284,7 @@ def caption(
     Parameters
     ----------
     subjects : tuple of Subject
+        Subjects in the order in which the caption names them.
     correct_article : bool
         True writes "an" before a vowel; False always writes "a", as the benchmark does.
     wording : str
@@ -335,15 +337,17 @@ def caption(
 
 
 def sample_subjects(world: World, rng: np.random.Generator, layout: str | None = None) -> tuple[Subject, ...]:
-    """Sample the subjects of a scene: their number and colors follow a world's settings; held-out pairs are avoided.
+    """Random subjects for a scene, whose number and colors follow the settings of a world.
+
+    Two nouns that the world never shows together (`World.held_out_pairs`) are not chosen for the same scene.
 
     Parameters
     ----------
     world : World
     rng : numpy.random.Generator
     layout : str, optional
-        If a layout of pairs is given, the result is two subjects that can have it. By default the number of subjects is
-        random.
+        Layout of a pair. If it is given, the result is two subjects that can have this layout. By default the number of
+        subjects is random.
 
     Returns
     -------
@@ -369,7 +373,8 @@ def _sample_color(noun: str, world: World, rng: np.random.Generator) -> str | No
 def sample(world: World, rng: np.random.Generator) -> Scene:
     """Random scene of a world.
 
-    The layout of a pair is chosen before its subjects, so that the layouts have exactly the world's shares.
+    For a pair, the layout is chosen before the subjects. Therefore, each layout occurs with exactly the probability
+    that `World.layouts` gives it.
     """
     count = 1 + int(rng.choice(len(world.entities), p=world.entities))
     if count != 2:
@@ -392,10 +397,10 @@ def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generato
     subjects : tuple of Subject
         One to four subjects.
     world : World
+        Settings of the scene, such as its size and its drawings.
     rng : numpy.random.Generator
     layout : str, optional
-        Layout of the scene. By default it is sampled, with the shares of the world, from the layouts that the subjects
-        can have.
+        Layout of the scene. By default it is sampled from the layouts that the subjects can have.
 
     Returns
     -------
@@ -405,8 +410,8 @@ def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generato
     Raises
     ------
     SettingError
-        There is no subject, there are more than four, the subjects cannot have the layout, or their drawings do not fit
-        it (if no layout is given: do not fit any).
+        There are no subjects or more than four. The subjects cannot have the given layout, or their drawings do not fit
+        into it. Without `layout`: the drawings fit into none of the layouts.
 
     Examples
     --------
@@ -440,7 +445,7 @@ def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generato
 
 
 def _possible(subjects: tuple[Subject, ...], world: World) -> dict[str, float]:
-    """The layouts that the subjects can have, with their shares."""
+    """Layouts that the subjects can have, each with its relative frequency; the frequencies need not add up to 1."""
     if len(subjects) == 1:
         return {"single": 1.0}
     if len(subjects) == 3:
@@ -518,7 +523,7 @@ def _places(
 
 
 def _visible(layers: list[np.ndarray], order: list[int], layout: str) -> np.ndarray | None:
-    """Masks of the visible pixels, in the order of the subjects; None if the placement is not acceptable.
+    """Mask of the visible pixels of each of n subjects; None if the placement of the subjects is not acceptable.
 
     A placement is not acceptable if a thing is covered too much, if the rear thing in the layout "occluded" is hardly
     covered, or if the two things in the layout "worn" or "on" do not touch.
@@ -549,7 +554,10 @@ def _visible(layers: list[np.ndarray], order: list[int], layout: str) -> np.ndar
 
 
 def _relation(layout: str, masks: np.ndarray, order: list[int]) -> str | None:
-    """The first entity's relation to the second; None if it is not clear."""
+    """Relation of the first of two entities to the second, a key of `RELATION_WORDS`; None if it is not clear.
+
+    `masks` are the masks of the entities. `order` has their indices, the rear entity first.
+    """
     if layout == "occluded":
         return "behind" if order[0] == 0 else "in front of"
     if layout in ("worn", "on"):
@@ -584,7 +592,11 @@ def sprite_layer(sprite: Image.Image, place: Place, world: World) -> np.ndarray:
 
 
 def blend(canvas: np.ndarray, layer: np.ndarray, shadow: float) -> np.ndarray:
-    """Put the drop shadow of a layer, (size, size, 4), and then the layer itself on a canvas, (size, size, 3)."""
+    """Copy of a canvas that shows a layer in front of the canvas, with the layer's drop shadow on the canvas.
+
+    `canvas` is RGB in [0, 1], (size, size, 3). `layer` is premultiplied RGBA, (size, size, 4), as `sprite_layer`
+    returns it. `shadow` is the darkness of the shadow, 0 to 1.
+    """
     alpha, offset = layer[..., 3], max(1, len(canvas) // 40)
     below = np.zeros_like(alpha)
     below[offset:, offset:] = alpha[:-offset, :-offset]
@@ -593,14 +605,17 @@ def blend(canvas: np.ndarray, layer: np.ndarray, shadow: float) -> np.ndarray:
 
 
 def sprite_of(subject: Subject, world: World, rng: np.random.Generator) -> Image.Image:
-    """Random drawing of a subject in its color, as a premultiplied image of `SPRITE_SIZE` pixels per side."""
+    """Random drawing of a subject, in the subject's color, as a premultiplied square image of side `SPRITE_SIZE`."""
     every = world.drawings(subject.noun)
     return _sprite(every[rng.integers(len(every))], subject.color)
 
 
 @lru_cache(maxsize=4096)
 def _sprite(drawing: Drawing, color: str | None) -> Image.Image:
-    """A drawing in a color as a premultiplied image (what Pillow can rotate and resize without halos)."""
+    """Drawing in a color, or in its own colors if `color` is None, as a premultiplied image.
+
+    Pillow can rotate and resize a premultiplied image without halos at the edges.
+    """
     rgba = _natural_sprite(drawing)
     if color is not None:
         rgba = recolor(rgba, color, rule_for(drawing))

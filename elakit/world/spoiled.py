@@ -47,18 +47,22 @@ class Spoiled:
 
 
 def sample_spoiled(world: World, rng: np.random.Generator, kinds: tuple[str, ...] = KINDS) -> Spoiled:
-    """Random scene with an unrecognizable shape; in half of the scenes, a recognizable thing stands beside the shape.
+    """Random image with an unrecognizable shape.
+
+    In half of the images, a recognizable thing stands beside the shape.
 
     Parameters
     ----------
     world : World
+        Settings from which the image is composed, such as its size.
     rng : numpy.random.Generator
     kinds : tuple of str
-        Kinds to choose from, each one of `KINDS`.
+        Kinds of unrecognizable shapes to choose from: "warped", "smeared", "erased", "shuffled" and "blob".
 
     Returns
     -------
     Spoiled
+        The image, with a mask of the shape and a mask of the recognizable thing.
 
     Raises
     ------
@@ -67,6 +71,8 @@ def sample_spoiled(world: World, rng: np.random.Generator, kinds: tuple[str, ...
 
     Examples
     --------
+    The image has a side of 128 pixels, the default. The mask of the shape is not empty. No pixel is in both masks:
+
     >>> spoiled = sample_spoiled(World(artists=("noto",)), np.random.default_rng(0), ("shuffled",))
     >>> spoiled.image.shape, bool(spoiled.spoiled.any()), bool((spoiled.spoiled & spoiled.clean).any())
     ((128, 128, 3), True, False)
@@ -100,7 +106,11 @@ def sample_spoiled(world: World, rng: np.random.Generator, kinds: tuple[str, ...
 
 
 def _spoil(layer: np.ndarray, kind: str, place: Place, rng: np.random.Generator) -> np.ndarray:
-    """A premultiplied layer, (size, size, 4), made unrecognizable."""
+    """Make the drawing in an RGBA layer unrecognizable.
+
+    `layer` and the result are premultiplied, (size, size, 4). `kind` is one of `KINDS`. `place` is the place of the
+    drawing in the layer.
+    """
     size, side = len(layer), place.scale * len(layer)
     if kind == "warped":
         return _warped(layer, 0.14, side, rng)
@@ -137,10 +147,10 @@ def _spoil(layer: np.ndarray, kind: str, place: Place, rng: np.random.Generator)
 
 
 def _warped(layer: np.ndarray, strength: float, side: float, rng: np.random.Generator) -> np.ndarray:
-    """A layer, (size, size, 4), bent by a smooth random field of shifts.
+    """Bend the drawing in an RGBA layer, (size, size, 4), by shifting pixels with a smooth random field.
 
-    The shifts have a standard deviation of about `strength * side` pixels. `side` is the longest side of the drawing in
-    the layer, in pixels.
+    The shifts have a standard deviation of about `strength * side` pixels. `side` is the longest side of the drawing,
+    in pixels.
     """
     size = len(layer)
     knots = int(np.clip(round(5 * size / side), 5, 16))
@@ -151,9 +161,10 @@ def _warped(layer: np.ndarray, strength: float, side: float, rng: np.random.Gene
 
 
 def _noise(size: int, side: float, rng: np.random.Generator) -> np.ndarray:
-    """Smooth noise of mean 0 and variance 1, (size, size), with about four bumps per `side` pixels.
+    """Smooth random field, (size, size), with mean 0 and variance 1.
 
-    `side` is the longest side of the drawing for which the noise is used, in pixels.
+    The field has about four bumps along a length of `side` pixels. `side` is the longest side of the drawing that the
+    field distorts.
     """
     field = gaussian_filter(rng.normal(0, 1, (size, size)), max(1.5, side / 9), mode="wrap")
     return (field - field.mean()) / field.std()

@@ -1,6 +1,6 @@
-"""Tokenizer of picture-world: CLIP's byte-pair encoding, learned from the words of picture-world.
+"""Tokenizer of picture-world, the built-in model: CLIP's byte-pair encoding, learned from a short list of words.
 
-Each of these words is one token; any other word is split into smaller pieces, down to single bytes.
+Each word in the list is one token. Any other word is split into smaller pieces, down to single bytes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ _OTHER_WORDS = (
 
 
 def train_tokenizer(vocabulary: int, positions: int) -> CLIPTokenizer:
-    """CLIP tokenizer learned from the words of picture-world and a few everyday words.
+    """Train a CLIP tokenizer on the words of picture-world and a few everyday words.
 
     If the vocabulary is large enough, each of these words is one token. Any other word is split into smaller pieces.
 
     Parameters
     ----------
     vocabulary : int
-        Largest number of tokens in the vocabulary; 512 of them stand for single bytes.
+        Largest number of tokens in the vocabulary. Each of the 256 bytes takes two tokens: one within a word and one at
+        the end of a word.
     positions : int
         Largest number of tokens of an encoded prompt, including start-of-text and end-of-text (``model_max_length``).
 
@@ -46,6 +47,8 @@ def train_tokenizer(vocabulary: int, positions: int) -> CLIPTokenizer:
 
     Examples
     --------
+    The tokenizer ignores upper case, and ``</w>`` marks the end of a word:
+
     >>> tokenizer = train_tokenizer(1024, 24)
     >>> tokenizer.tokenize("a Red car")
     ['a</w>', 'red</w>', 'car</w>']
@@ -77,7 +80,7 @@ def clip_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, st
 
     Examples
     --------
-    The ids of start-of-text, "a" and end-of-text:
+    ``</w>`` marks the end of a word. The prompt "a" becomes start-of-text, "a" and end-of-text:
 
     >>> tokens = {"a</w>": 0, "b</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
     >>> clip_tokenizer(tokens, [])("a").input_ids
@@ -95,10 +98,14 @@ def clip_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, st
 
 
 def _merges(words: Iterable[str], limit: int) -> list[tuple[str, str]]:
-    """Byte-pair merges learned from words: each merges the most frequent pair, on a tie the alphabetically first one.
+    """Learn at most `limit` byte-pair merges from words.
 
-    The trainer of the package `tokenizers` breaks ties by the order of a hash map, so its ids differ from run to run. A
-    model whose training is interrupted and resumed needs the same ids each time.
+    Each merge joins the most frequent pair of neighboring pieces. If several pairs are equally frequent, the
+    alphabetically first pair is joined.
+
+    The trainer of the package `tokenizers` breaks ties by the order of a hash map. The token ids of this trainer
+    therefore differ from run to run. A model whose training is interrupted and resumed needs the same token ids each
+    time.
     """
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []

@@ -51,9 +51,9 @@ def main(
 ) -> None:
     """Train picture-world in four stages: vae, decoder, denoiser and judge.
 
-    The stage vae trains the autoencoder. The stage decoder trains the VAE decoder further on ``polish`` images, with a
-    fixed VAE encoder; it is skipped if the setting ``polish`` is 0. The stage denoiser trains the denoiser together
-    with the text encoder. The stage judge trains the judge.
+    The stage vae trains the autoencoder. The stage decoder trains the VAE decoder further, with a frozen VAE encoder.
+    The setting ``polish`` is the number of images of the stage decoder; if ``polish`` is 0, this stage is skipped. The
+    stage denoiser trains the denoiser together with the text encoder. The stage judge trains the judge.
     """
     stages = set(STAGES if stage == "all" else stage.split(","))
     if unknown := stages - set(STAGES):
@@ -126,21 +126,21 @@ def process_devices(device: str | None, processes: int) -> tuple[torch.device, .
 
 
 def check_folders(stages: Collection[str], out: Path, start: Path | None) -> None:
-    """Refuse folders without the parts that the stages read, before anything is trained.
+    """Check before the training that the folders contain the files that the stages read.
 
     Parameters
     ----------
     stages : collection of str
         Stages that will run, each one of `STAGES`.
     out : Path
-        Folder of this training, with the parts of earlier stages.
+        Folder of this training. The results of stages that will not run are read from this folder, such as ``vae/``.
     start : Path, optional
-        Folder of an earlier model.
+        Folder of an earlier model, from whose weights the training starts.
 
     Raises
     ------
     SettingError
-        Raised when `out` is not a folder, or a part is missing.
+        Raised when `out` is not a folder, or a file or subfolder that a stage reads is missing.
     """
     if out.exists() and not out.is_dir():
         raise SettingError(f"--out {out} is a file. Choose a folder.")
@@ -174,7 +174,11 @@ def _train_together(
     start: Path | None,
     workers: int,
 ) -> None:
-    """Train the denoiser as one of several processes, which share the cores of the machine."""
+    """Train the denoiser in one of several processes that train together.
+
+    `rank` is the number of this process, counted from 0. ``devices[rank]`` is the device of this process. The processes
+    communicate through the TCP port `port`, and share the CPU cores of the machine.
+    """
     from elakit.world.training.denoiser import train_denoiser
 
     # torch sends SIGINT to a process whose parent is killed; processes that a shell starts in the background ignore it

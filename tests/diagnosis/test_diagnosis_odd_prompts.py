@@ -42,7 +42,7 @@ PAGES = {
     "a new line": "a [cat]\nand a\t[blue   frog]",
     "a very long word": "a [" + "pneumono" * 5 + "] and a [cat]",
     "backslashes and TeX": "a [cat\\] and a [frog] $\\alpha$ \\u003cscript>",
-    "many entities": ", ".join(f"a [{noun}]" for noun in ("cat", "dog", "bear", "car", "clock", "bow", "apple")),
+    "many entities": ", ".join(f"a [{noun}]" for noun in ("cat", "dog", "bear", "car", "clock")),
 }
 # Prompts with characters that mean something in HTML, in scripts or in plotly's texts, and one with many figures.
 HOSTILE = (
@@ -70,7 +70,8 @@ def page_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def write(name: str) -> Path:
         prompt, pipe = PAGES[name], world if name in OF_PICTURE_WORLD else roomy
-        found = elakit.diagnose(pipe, prompt, seeds=[0], steps=2, remedies=["swapped", "next-to"])
+        remedies = ["swapped", "next-to"] if name in HOSTILE else False
+        found = elakit.diagnose(pipe, prompt, seeds=[0], steps=2, remedies=remedies)
         json.dumps(found.to_dict(), allow_nan=False)
         return report.write(found, folder / f"{list(PAGES).index(name)}.html", f"elakit diagnose '{prompt}'")
 
@@ -83,7 +84,7 @@ def test_it_gives_a_page_that_shows_the_prompt(page_of: Callable[[str], Path], n
     page = Page(html)
     plain = " ".join(PAGES[name].replace("[", "").replace("]", "").split())
     assert plain in page.text
-    assert "Remedies" in page.text
+    assert ("Remedies" in page.text) == (name in HOSTILE)
     assert len(page.all("img")) >= 4
     # none of the prompt has become an element or an attribute
     assert {tag for tag, _ in page.elements}.isdisjoint({"object", "iframe", "raw"})

@@ -1,4 +1,4 @@
-"""Figures of the report."""
+"""Figures of the report of a diagnosis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,22 @@ from elakit.numbering import step_name
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the report: id, heading, caption, text for screen readers, plotly's JSON, and size in pixels."""
+    """A figure of the report.
+
+    Attributes
+    ----------
+    key : str
+        Id of the figure in the HTML page.
+    heading : str
+    text : str
+        Caption.
+    alt : str
+        Description for screen readers.
+    json : markupsafe.Markup
+        Plotly figure as JSON.
+    width, height : int
+        Size of the figure in pixels.
+    """
 
     key: str
     heading: str
@@ -28,13 +43,13 @@ class Figure:
 
 
 def figures(diagnosis: DiagnosisData, example: Pair) -> list[Figure]:
-    """Figures of the report: maps and regions of one seed, and measures of all seeds.
+    """Figures of the report: maps and regions of one seed, and the bleeding of all seeds.
 
     Parameters
     ----------
     diagnosis : DiagnosisData
     example : Pair
-        Pair of the seed that is shown in detail.
+        Plain and guided run of the seed whose maps and regions are shown.
     """
     plain, other, method = example.plain, example.guided, method_title(diagnosis.method)
     attributes = any(entity.attributes for entity in diagnosis.prompt.entities)
@@ -98,12 +113,12 @@ def _tokens(run: str) -> str:
 
 
 def describe_regions(trace: Trace) -> str:
-    """Sentences on how a method used regions in a run.
+    """Sentences that describe how a guidance method used regions in a run.
 
     Parameters
     ----------
     trace : Trace
-        Trace of the run, with regions.
+        Trace of the run; its `regions` must not be None.
     """
     assert trace.regions is not None
     with_regions = {int(step) for step in trace.regions.step.values}

@@ -1,4 +1,4 @@
-"""The report of a diagnosis as an HTML page: values for the template, and the file."""
+"""The report of a diagnosis as an HTML page: this module computes the values for the template and writes the file."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def render(diagnosis: DiagnosisData, command: str = "") -> str:
     ----------
     diagnosis : DiagnosisData
     command : str
-        Command line that the page shows as the one that made the diagnosis; "" shows none.
+        Command line that made the diagnosis. The page shows it; "" shows nothing.
 
     Returns
     -------
     str
-        HTML that contains all images, figures and plotly.js and loads nothing from the network.
+        HTML page. It contains all images, all figures and plotly.js, and loads nothing from the network.
 
     Raises
     ------
@@ -105,7 +105,7 @@ def write(diagnosis: DiagnosisData, path: str | Path, command: str = "") -> Path
     path : str or Path
         Path of the file, in an existing folder.
     command : str
-        As in `render`.
+        Command line that made the diagnosis. The page shows it; "" shows nothing.
 
     Returns
     -------
@@ -154,7 +154,7 @@ def _introduction(diagnosis: DiagnosisData) -> str:
 
 
 def _tiles(diagnosis: DiagnosisData, table: pd.DataFrame) -> list[tuple[str, str]]:
-    """Numbers shown in large type, each with a label."""
+    """Numbers that the report shows in large type, as pairs (number as text, label)."""
     count, method = len(diagnosis.pairs), method_title(diagnosis.method)
     tiles = []
     if diagnosis.judged:
@@ -194,7 +194,11 @@ def _why_example(diagnosis: DiagnosisData, example: Pair) -> str:
 
 
 def _details(example: Pair) -> list[dict[str, Any]]:
-    """All measures of the example, averaged over the steps, for the plain and the guided run."""
+    """Rows of the report's table of all measures, for the seed that the report shows in detail.
+
+    Each row has the keys "measure", "about" (label of the entities that are measured), "plain" and "guided". The values
+    "plain" and "guided" are means over the steps of the plain and of the guided run.
+    """
     both = [run.bleeding.overall() for run in (example.plain, example.guided)]
     keys = ["measure", "entity", "other"]
     merged = both[0].merge(both[1], on=keys, suffixes=("_plain", "_guided"))
@@ -212,7 +216,18 @@ def _details(example: Pair) -> list[dict[str, Any]]:
 
 
 def _about(row: Mapping[str, Any], owners: Mapping[str, str]) -> str:
-    """Label of a row of the table of all measures, such as "car · bird" or "green (of apple) · bird"."""
+    """Label of the entities that a row of the table of all measures is about.
+
+    The label "car · bird" names two entities. The label "green (of apple) · bird" names an attribute with its own
+    entity, and another entity.
+
+    Parameters
+    ----------
+    row : mapping
+        Row with the keys "measure", "entity" and "other".
+    owners : mapping of str to str
+        Entity of each attribute.
+    """
     first, other = row["entity"], row["other"]
     if str(row["measure"]).startswith("attribute_") and first in owners:
         # a measure of an attribute alone names its owner as the other
@@ -222,7 +237,7 @@ def _about(row: Mapping[str, Any], owners: Mapping[str, str]) -> str:
 
 
 def _meanings(measures: Iterable[str]) -> list[tuple[str, str]]:
-    """Meaning of each measure."""
+    """Explanations of measures, as pairs (heading, explanation), without duplicates."""
     headings = {"ruzicka": "overlap (ruzicka)"}
     return [
         (headings.get(measure, measure.replace("_", " ")), MEANINGS.get(measure, ""))
@@ -262,8 +277,8 @@ def _settings(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
 def acting_options(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
     """Options of the guidance method that were changed or had an effect, as pairs (name, value as text).
 
-    An option that differs from its default is always listed. An option with its default value is listed if at least one
-    image was guided, the value is not None, zero or False, and the option had an effect in at least one guided run.
+    An option that differs from its default is always listed. An option with its default value is listed if the option
+    had an effect in at least one guided run. Defaults of None, zero or False are never listed.
     """
     different = commands.changed(diagnosis.method, diagnosis.options) or {}
     guided = any(pair.was_guided for pair in diagnosis.pairs)
@@ -279,7 +294,8 @@ def acting_options(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
 def _idle(diagnosis: DiagnosisData) -> set[str]:
     """Names of options that had no effect in any guided run of the diagnosis.
 
-    A name such as "separate" stands for all options that begin with it, such as "separate.step_size".
+    The name of a group of options, such as "separate", stands for all options of the group, such as
+    "separate.step_size".
     """
     idle = set()
     if not any(entity.attributes for entity in diagnosis.prompt.entities):
@@ -301,10 +317,10 @@ def _is_off(value: Any) -> bool:
 
 
 def _guided_heading(method: str, traces: Sequence[Trace]) -> str:
-    """Name of the row that lists the guided steps, in the table of settings.
+    """Heading of the guided steps in the report's table of settings.
 
-    It is "steps in which ELA moved the latent" if the method moved the latent at every guided step. Otherwise it is
-    "steps in which ELA acted"; some methods edit attention scores and do not move the latent.
+    The heading is "steps in which ELA moved the latent" if ELA moved the latent at every guided step. Otherwise the
+    heading is "steps in which ELA acted", because some methods edit attention scores and do not move the latent.
 
     Parameters
     ----------
@@ -319,7 +335,11 @@ def _guided_heading(method: str, traces: Sequence[Trace]) -> str:
 
 
 def _guided_steps(traces: Sequence[Trace]) -> str:
-    """First and last guided step of all seeds, and the number per image, such as "5 to 7 (2 to 3 per image)"."""
+    """Text on the guided steps of all images, such as "5 to 7 (2 to 3 per image)"; "none" without guided steps.
+
+    In this example, step 5 is the first guided step of any image, and step 7 the last. Steps count from 1. Each image
+    has two or three guided steps.
+    """
     steps = sorted({step_number(step) for trace in traces for step in trace.guided})
     if not steps:
         return "none"

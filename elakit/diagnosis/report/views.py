@@ -48,7 +48,20 @@ EVIDENCE = {
 class Image:
     """An image with the judge's findings.
 
-    Each finding is a pair (statement, bool); the bool is True if the statement agrees with the prompt.
+    Attributes
+    ----------
+    uri : str
+        The image as a data URI, possibly reduced in size.
+    alt : str
+        Description for screen readers.
+    name : str
+        Caption.
+    findings : tuple of (str, bool)
+        Statements of the judge about the image, each with True if the statement agrees with the prompt.
+    success : bool or None
+        True if the image is right; None if the image was not judged.
+    width, height : int
+        Size of the original image in pixels.
     """
 
     uri: str
@@ -62,15 +75,16 @@ class Image:
 
 @dataclass(frozen=True)
 class Card:
-    """The plain and the guided image of a seed, for the template.
+    """The plain and the guided image of a seed, for the template of the report.
 
     Attributes
     ----------
     seed : int
     outcome : {"fixed", "broken", "right", "wrong"} or None
-        `Pair.outcome`; None if the images are not judged.
+        Effect of the guidance method: the guided image is fixed or broken, or both images are right, or both are wrong.
+        None if the images are not judged.
     label : str
-        The outcome in words, and a note if the method did not act; "" if there is nothing to say.
+        The outcome in words if the images are judged, and a note if the method did not act; otherwise "".
     plain, guided : Image
     predicted : str
         Predicted probability of failure as a phrase; "" if there is no prediction.
@@ -95,35 +109,35 @@ class Bar:
 
 @dataclass(frozen=True)
 class Row:
-    """A remedy, or plain generation, with its images.
+    """A row of the report's table of remedies: a remedy or plain generation, and its images.
 
     Attributes
     ----------
     title : str
         Name of the remedy, or "Plain".
     what : str
-        Description of the change, in one sentence.
+        Short description of how the images are generated.
     rank : int or None
         Place among the remedies that were tried, counted from 1; None for plain generation and for remedies that failed
         or were not tried.
     best : bool
-        Whether the report marks the remedy as the best.
+        True if the report marks the remedy as the best.
     status : {"tried", "failed", "not tried"}
     why : str
-        Error of a failed remedy, or the reason why it was not tried; "" otherwise.
+        Error of a failed remedy, or the reason why the remedy was not tried; "" otherwise.
     score : str
-        Number of right images, such as "3 of 4 right". If images are not judged, the mean bleeding, such as
-        "bleed 0.41", or "–" if the bleeding is NaN. "" without images.
+        For judged images, the number of right images, such as "3 of 4 right". For images that are not judged, the mean
+        bleeding, such as "bleed 0.41", or "–" if the bleeding is NaN. "" if there are no images.
     bar : Bar or None
         Share of right images with its interval; None if images are not judged.
     facts : tuple of str
-        Short phrases, such as "2 fixed" and "time × 1.8".
+        Short phrases, such as "2 fixed", or "time × 1.8" for 1.8 times the generation time of a plain image.
     images : tuple of Image
         The first images, at most `MAX_IMAGES`.
     more : int
         Number of further images, which are not shown.
     code, command : str
-        Python code and command line that reproduce the images, from `commands.reproduce`; "" if there is none.
+        Python code and command line that generate the images again; "" if there is none.
     """
 
     title: str
@@ -152,7 +166,7 @@ class Reason:
     kind : str
         Kind of the failure or the cause.
     bar : Bar or None
-        Frequency of a failure with its interval; None for a cause.
+        Share of the images that have the failure, with its interval; None for a cause.
     facts : tuple of str
         Short phrases, such as "seeds 0, 3" or "confidence 80%".
     evidence : tuple of (str, str)
@@ -167,7 +181,10 @@ class Reason:
 
 
 def marked(prompt: Prompt) -> list[tuple[str, str | None]]:
-    """Split the prompt into pieces, each with the label of the entity that it names, or None if it names none."""
+    """Split the prompt into pieces of text, as pairs (text, label).
+
+    The label identifies the entity that the text names. The label is None if the text names no entity.
+    """
     pieces: list[tuple[str, str | None]] = []
     at = 0
     for start, stop, label in entity_spans(prompt):
@@ -177,7 +194,7 @@ def marked(prompt: Prompt) -> list[tuple[str, str | None]]:
 
 
 def card(diagnosis: DiagnosisData, pair: Pair, size: int = THUMBNAIL) -> Card:
-    """The plain and the guided image of a seed; `size` is the longest side in pixels."""
+    """Card with the plain and the guided image of a seed; `size` is the longest side of each image in pixels."""
     probability = diagnosis.predicted.get(pair.seed)
     return Card(
         seed=pair.seed,
@@ -198,9 +215,19 @@ def _label(diagnosis: DiagnosisData, pair: Pair) -> str:
 
 
 def image(run: Run, verdict: Verdict | None, name: str, size: int, what: str = "") -> Image:
-    """An image with the judge's findings and the caption `name`; `size` is the longest side in pixels.
+    """The image of a run, with the judge's findings.
 
-    Screen readers read `what`, by default `name`, as a part of the description.
+    Parameters
+    ----------
+    run : Run
+    verdict : Verdict or None
+        Verdict of the judge on the image; None if the image was not judged.
+    name : str
+        Caption.
+    size : int
+        Longest side of the image in pixels.
+    what : str
+        Phrase that describes the image in the text for screen readers; by default `name`.
     """
     what = what or name
     findings = verdict.findings() if verdict is not None else ()
@@ -218,7 +245,10 @@ def image(run: Run, verdict: Verdict | None, name: str, size: int, what: str = "
 
 
 def rows(diagnosis: DiagnosisData) -> list[Row]:
-    """Rows of the report: plain generation, then the remedies, best first; empty if only the method was tried."""
+    """Rows of the report's table of remedies: plain generation, then the remedies, best first.
+
+    Empty if the guidance method of the diagnosis is the only remedy.
+    """
     if len(diagnosis.remedies) < 2:
         return []
     best = diagnosis.best

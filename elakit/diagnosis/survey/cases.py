@@ -1,4 +1,4 @@
-"""Cases of a survey: each is one prompt to diagnose, with a page and results as JSON."""
+"""Cases of a survey. A case is one prompt to diagnose; its results are an HTML page and a JSON file."""
 
 from __future__ import annotations
 
@@ -31,18 +31,20 @@ SMALL = 96
 class Case(Unit):
     """One prompt of a survey, with the settings of its diagnosis.
 
-    A case has all fields of `elakit.sweep.units.Unit` (a prompt, its seeds, a method and settings), and two more.
+    A case has all fields of `elakit.sweep.units.Unit`: model, prompt, seeds, guidance method and settings. Two more
+    fields are added:
 
     Attributes
     ----------
     remedies : tuple of str
-        Names of remedies, as in `elakit.diagnose`.
+        Names of the remedies to try, as in `elakit.diagnose`.
     predictor : str, optional
-        File of a failure predictor; by default the included one.
+        Path of a file with a failure predictor. None stands for the predictor that is part of elakit.
 
     Examples
     --------
-    Cases with different settings have different pages, even if the prompt is the same:
+    The name of a case's HTML page begins with the words of the prompt. Cases with different settings have different
+    pages, even if the prompt is the same:
 
     >>> case = Case("picture-world", "a cat and a lion", (0, 1), "ela", remedies=("swapped",))
     >>> case.page == Case("picture-world", "a cat and a lion", (0, 1), "ela").page, case.page.split("-")[:4]
@@ -54,7 +56,7 @@ class Case(Unit):
 
     @property
     def page(self) -> str:
-        """File name of the page: the first words of the prompt, and a part of `key`, the hash of the settings."""
+        """File name of the case's HTML page: the first words of the prompt, and a part of a hash of all settings."""
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:50].strip("-")
         return f"{words or 'prompt'}-{self.key[:8]}.html"
 
@@ -94,14 +96,18 @@ def plan_cases(
         Prompts; a repeated prompt counts once.
     seeds : sequence of int
         Distinct seeds.
-    method, remedies, steps, guidance_scale, negative_prompt, height, width
-        As in `elakit.diagnose`; methods and remedies are given by name.
+    method : str
+        Name of the guidance method.
     options : mapping of str to object, optional
         Options of the method that differ from their defaults.
+    remedies : bool or sequence of str
+        Names of the remedies to try in addition to the method. True stands for the default remedies, False for none.
+    steps, guidance_scale, negative_prompt, height, width
+        As in `elakit.diagnose`.
     model, scheduler, lora, variant, device, dtype
         As in `elakit.load`.
     predictor : str or Path, optional
-        File written by `elakit.prediction.Predictor.save`; by default the included predictor.
+        File written by `elakit.prediction.Predictor.save`; by default the predictor that is part of elakit.
 
     Returns
     -------
@@ -110,8 +116,8 @@ def plan_cases(
     Raises
     ------
     SettingError
-        There is no prompt or seed, `prompts` is a single string, a seed is repeated, a method, option or remedy is
-        unknown, or a number is out of range.
+        There is no prompt or no seed; `prompts` is a single string; a seed is repeated; a number is out of range; or
+        the method, an option or a remedy is unknown.
     """
     check_prompts(prompts)
     texts = list(dict.fromkeys(prompts))
@@ -158,8 +164,9 @@ def diagnose_case(case: Case, folder: str) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        One row per seed, which describes the guided image. The keys are those of `Case.labels`, "seed", "steps",
-        "guidance_scale" and "success" (True if the image is right; None if it was not judged).
+        One row per seed. A row contains the settings of the case (`Case.labels`), and the keys "seed", "steps",
+        "guidance_scale" and "success". "success" is True if the guided image is right, False if it is wrong, and None
+        if it was not judged.
     """
     found = diagnose(
         _pipeline(case.model, **case.loading()),
@@ -190,12 +197,12 @@ def diagnose_case(case: Case, folder: str) -> list[dict[str, Any]]:
 
 
 def case_file(folder: Path, key: str) -> Path:
-    """Path of the results of a case, given the folder of the survey and the key of the case."""
+    """Path of the JSON file with the results of a case, given the folder of the survey and the key of the case."""
     return folder / "cases" / f"{key}.json"
 
 
 def read_case(path: Path) -> dict[str, Any]:
-    """Read the results of a case, the diagnosis of one prompt of a survey, from its JSON file.
+    """Read the results of a case from a JSON file. A case is the diagnosis of one prompt of a survey.
 
     Raises
     ------
@@ -211,11 +218,11 @@ def read_case(path: Path) -> dict[str, Any]:
 
 
 def _images(found: Diagnosis) -> dict[str, str]:
-    """Data URIs of the two images that represent a diagnosis on the summary page: "plain" and "best".
+    """Images that represent a diagnosis on the summary page, as data URIs with the keys "plain" and "best".
 
-    "plain" is the first plain image that the best remedy fixed. If there is none, "plain" is the first plain image that
-    was not judged right. If all are right, "plain" is the first plain image. "best" is the image of the best remedy
-    that corresponds to "plain" (see `RemedyResult.runs`); the key is absent if there is no best remedy.
+    "plain" is the first plain image that the best remedy fixed. If no image was fixed, "plain" is the first plain image
+    that was not judged right. If all plain images are right, "plain" is the first plain image. "best" is the image of
+    the best remedy that is compared with this plain image. Without a best remedy, the key "best" is absent.
     """
     wrong = [i for i, run in enumerate(found.plain) if run.verdict is None or not run.verdict.success]
     best = found.best

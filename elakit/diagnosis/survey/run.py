@@ -17,18 +17,18 @@ from elakit.sweep.sweep import run
 
 @dataclass(frozen=True)
 class Survey:
-    """Result of `diagnose_many`: the summary page, the numbers of finished prompts, and the errors of the others.
+    """Result of `diagnose_many`: the summary page, the numbers of finished prompts, and the errors of failed prompts.
 
     Attributes
     ----------
     page : Path
-        Summary page.
+        Path of the summary page.
     earlier : int
-        Number of prompts that were finished before the call of `diagnose_many`.
+        Number of prompts that were already finished when `diagnose_many` was called.
     diagnosed : int
-        Number of prompts that the call finished.
+        Number of prompts that this call finished.
     failed : dict of str to str
-        Errors of the prompts that failed, by prompt. The next call tries them again.
+        Error of each prompt that failed, by prompt. The next call diagnoses failed prompts again.
     """
 
     page: Path
@@ -46,18 +46,19 @@ def diagnose_many(
     on_progress: Callable[[int, int], object] | None = None,
     **settings: Any,
 ) -> Survey:
-    """Diagnose many prompts, write one page for each, and a summary of all.
+    """Diagnose many prompts; write one page per prompt, and a summary page of all prompts.
 
-    A prompt is finished once its page and its results are written completely. Finished prompts survive an interruption,
-    and the next call with the same settings continues with the others. A prompt whose results were deleted or damaged
-    is diagnosed again. A prompt that raises an exception is reported with its error and does not affect the others.
+    A prompt is finished once its page and its results are written completely. After an interruption, the next call with
+    the same settings diagnoses only the unfinished prompts. A prompt whose results were deleted or damaged is diagnosed
+    again. If the diagnosis of a prompt raises an exception, the error is reported, and the other prompts are diagnosed.
 
     Parameters
     ----------
     prompts : iterable of str
     out : str or Path
-        Folder of the survey, created if necessary. It will contain ``index.html``; ``pages/``; ``summary`` and
-        ``remedies`` as .csv and .parquet; ``summary.json``; and ``cases/`` with the `Diagnosis.to_dict` of each prompt.
+        Folder of the survey, created if necessary. ``index.html`` is the summary page, and ``pages/`` contains the
+        pages of the prompts. The table of prompts is in ``summary.csv``, ``.parquet`` and ``.json``, and the table of
+        remedies in ``remedies.csv`` and ``.parquet``. ``cases/`` contains the results of each prompt as JSON.
     seeds : sequence of int
         Distinct seeds of each prompt.
     workers : int, optional
@@ -100,9 +101,9 @@ def diagnose_many(
 
 
 def _forget_incomplete(folder: Path, cases: Sequence[Case]) -> None:
-    """Delete the file in ``units/`` of each case whose results or page are missing, or whose results are damaged.
+    """Mark cases as not finished if their page is missing, or if their results are missing or damaged.
 
-    The file marks the case as finished. Without the file, the case is diagnosed again.
+    A file in ``units/`` marks a case as finished. This function deletes the file, so that the case is diagnosed again.
     """
     for case in cases:
         unit = folder / "units" / f"{case.key}.parquet"

@@ -42,21 +42,29 @@ def table(folder: str | Path, order: Sequence[str] = ()) -> pd.DataFrame:
     folder : str or Path
         Folder written by `diagnose_many`.
     order : sequence of str
-        Prompts that come first, in this order; the others follow alphabetically.
+        Prompts that come first, in this order; all other prompts follow alphabetically.
 
     Returns
     -------
     pandas.DataFrame
-        Column prompt, and these columns in groups:
+        Column prompt, and the following columns:
 
-        - images, right, rate, low, high, bleed: numbers of all and of right plain images, the share of right ones with
-          its 95% interval, and the mean bleeding;
-        - failures, failure: kinds of all failures, separated by semicolons, and the most frequent one as a sentence;
-        - causes, cause: kind of the most likely cause only, and the same cause as a sentence;
-        - best, title, best_right, best_rate, best_low, best_high, fixed, broken, cost: the best remedy, as in
-          `Diagnosis.remedies_frame`; missing if none did better than plain generation;
-        - seconds, page: time of the diagnosis, and path of the page in the folder;
-        - error: error of a prompt whose diagnosis failed. Such a prompt has no other values; all others have no error.
+        - images, right: number of plain images, and number of right plain images;
+        - rate, low, high: share of right plain images, and its 95% interval;
+        - bleed: mean bleeding of the plain images;
+        - failures: kinds of all failures, separated by semicolons;
+        - failure: the most frequent failure as a sentence;
+        - causes, cause: the most likely cause, as its kind and as a sentence;
+        - best, title: name and title of the best remedy;
+        - best_right: number of right images of the best remedy;
+        - best_rate, best_low, best_high: share of right images of the best remedy, and its 95% interval;
+        - fixed, broken: number of images that the best remedy fixed, and number of images that it broke;
+        - cost: generation time per image of the best remedy, divided by the generation time of a plain image;
+        - seconds, page: time of the diagnosis in seconds, and path of the prompt's page in the folder;
+        - error: error of the diagnosis; missing for finished prompts.
+
+        The values of the best remedy are missing if no remedy did better than plain generation. A prompt whose
+        diagnosis failed has only an error.
     """
     cases, _ = _cases(folder)
     return _table(folder, cases, order)
@@ -73,23 +81,31 @@ def remedies(folder: str | Path) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Columns prompt, name, title, status, images, right, rate, fixed, broken, bleed and cost, as in
-        `Diagnosis.remedies_frame`, and why (the error of a remedy that failed, or the reason why it was not tried).
+        The following columns:
+
+        - prompt, name, title: the prompt, and name and title of the remedy;
+        - status, why: "tried", "failed" or "not tried", and the reason if the remedy failed or was not tried;
+        - images, right, rate: number of images, number of right images, and share of right images;
+        - fixed, broken: number of images that the remedy fixed, and number of images that it broke;
+        - bleed: mean bleeding of the images;
+        - cost: generation time per image, divided by the generation time of a plain image.
     """
     return _remedies(_cases(folder)[0])
 
 
 def write(folder: str | Path, order: Sequence[str] = ()) -> Path:
-    """Write the summary of a survey: the page, and the tables as CSV, Parquet and JSON.
+    """Write the summary of a survey: an HTML page, a table of the prompts, and a table of the remedies.
 
-    Files in ``cases/`` that cannot be read are named on the page and left out of the tables.
+    Each table is written as CSV and Parquet, and the table of the prompts also as JSON. Files in ``cases/`` that cannot
+    be read are named on the page and left out of the tables.
 
     Parameters
     ----------
     folder : str or Path
+        Folder of the survey.
     order : sequence of str
-        Prompts of the survey in the order of the tables, as in `table`; the page lists those without a result as not
-        diagnosed yet.
+        Prompts of the survey. The table of the prompts has the same order. The page lists prompts that are neither
+        finished nor failed as not diagnosed yet.
 
     Returns
     -------
@@ -116,7 +132,19 @@ def write(folder: str | Path, order: Sequence[str] = ()) -> Path:
 
 @dataclass(frozen=True)
 class _Share:
-    """One row of a chart on the page: its name, the number as text, the share as a bar, and further facts."""
+    """One row of a bar chart on the summary page.
+
+    Attributes
+    ----------
+    name : str
+        Name of the row, such as the kind of a failure.
+    score : str
+        Count as text, such as "2 of 5 prompts".
+    bar : Bar or None
+        The same count as a share, with its 95% interval.
+    facts : tuple of str
+        Short phrases, such as "2 fixed".
+    """
 
     name: str
     score: str
@@ -229,7 +257,10 @@ def _failures(done: pd.DataFrame) -> list[_Share]:
 
 
 def _remedy_shares(tried: pd.DataFrame) -> list[_Share]:
-    """Share of right images of each remedy over all prompts for which it was tried and judged."""
+    """Rows of the chart of remedies on the page: for each remedy, the share of its images that are right.
+
+    A prompt counts for a remedy only if the remedy was tried and its images were judged.
+    """
     shares = []
     judged = tried[(tried["status"] == "tried") & tried["right"].notna()]
     for title, part in judged.groupby("title"):
@@ -262,7 +293,7 @@ def _environment() -> Environment:
 
 
 def _cases(folder: str | Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Results of all finished prompts, and the names and errors of files that cannot be read."""
+    """Results of all finished prompts, and the errors of result files that cannot be read, by file name."""
     cases, unreadable = [], {}
     for path in sorted((Path(folder) / "cases").glob("*.json")):
         try:
@@ -275,7 +306,7 @@ def _cases(folder: str | Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
 
 
 def _failed(folder: str | Path, done: set[str]) -> dict[str, str]:
-    """Failed prompts that have not been finished since, with their errors."""
+    """Error of each prompt that failed and has not been finished since, by prompt; `done` are finished prompts."""
     failed = {}
     for path in sorted((Path(folder) / "failed").glob("*.json")):
         try:

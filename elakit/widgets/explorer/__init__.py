@@ -1,6 +1,7 @@
-"""The explorer: runs side by side, with attention, regions and measures that follow one step slider.
+"""The explorer: a Jupyter widget that shows runs side by side. A slider selects the denoising step that is shown.
 
-`explore` makes a widget for Jupyter; `Explorer.to_html` writes the same as a page that needs no Jupyter and no Python.
+For each run, the explorer shows the image, attention maps, regions and measures. `explore` creates the widget.
+`Explorer.to_html` writes the explorer as an HTML page, which needs neither Jupyter nor Python.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""Data of the explorer: words, images, steps, regions and measures of the runs, and the valid values of settings."""
+"""Data of runs that the explorer widget sends to the browser: words, images, maps, regions, measures and settings."""
 
 from __future__ import annotations
 
@@ -32,18 +32,20 @@ _MATRICES = ("leakage", "attribute_leakage", "truth_leakage", "attribute_truth_l
 
 @dataclass(frozen=True)
 class Word:
-    """A word whose maps are sent to the browser; "<start>" and "<end>" count as words.
+    """A word of a prompt whose attention maps the explorer widget sends to the browser.
+
+    Start-of-text and end-of-text also count as words, with the labels "<start>" and "<end>".
 
     Attributes
     ----------
     label : str
         Unique label, such as "car" or "red#2".
     columns : tuple of int
-        Positions of the word's tokens along the dimension ``token``.
+        Positions of the word's tokens along the dimension ``token`` of the recording.
     entity : int or None
-        Index of the entity whose noun the word is; None for other words.
+        If the word is the noun of an entity: index of this entity. Otherwise None.
     attribute : int or None
-        Index of the entity whose attribute the word is; None for other words.
+        If the word is an attribute of an entity: index of this entity. Otherwise None.
     """
 
     label: str
@@ -54,22 +56,30 @@ class Word:
 
 @dataclass(frozen=True)
 class Payload:
-    """Data of an explorer for the browser: `meta`, which is sent as JSON, and `maps`, a compressed `Buffer`."""
+    """Data that the explorer widget sends to the browser.
+
+    Attributes
+    ----------
+    meta : dict
+        All data except maps and regions, such as words, images and measures. It is sent as JSON.
+    maps : bytes
+        Attention maps and regions in a compressed binary format, the result of `Buffer.deflated`.
+    """
 
     meta: dict[str, Any]
     maps: bytes
 
 
 def describe(runs: Sequence[Run], budget: int) -> Payload:
-    """Data that an explorer of runs sends to the browser.
+    """Collect the data of runs that the explorer widget sends to the browser.
 
     Parameters
     ----------
     runs : sequence of Run
         One or more runs, all of them recorded.
     budget : int
-        Largest number of bytes of the maps of all runs together, before compression. To stay within it, maps are
-        downsampled and then steps are omitted (see `elakit.widgets.explorer.packing.fit_to`).
+        Largest number of bytes of the maps of all runs together, before compression. If the maps exceed the budget,
+        the maps are downsampled. If this is not enough, steps are omitted, too.
 
     Returns
     -------
@@ -117,7 +127,7 @@ def describe(runs: Sequence[Run], budget: int) -> Payload:
 
 
 def nodes_of(recording: Recording) -> tuple[xr.Dataset, ...]:
-    """Datasets of a recording, one per map size, largest maps first.
+    """Recorded attention maps, as one xarray dataset per map size. The dataset with the largest maps comes first.
 
     Raises
     ------
@@ -131,11 +141,14 @@ def nodes_of(recording: Recording) -> tuple[xr.Dataset, ...]:
 
 
 def words_of(recording: Recording) -> list[Word]:
-    """Recorded words in the order of the prompt, followed by "<start>" and "<end>" where they were recorded.
+    """Words of the prompt whose attention was recorded, in the order of the prompt.
+
+    Start-of-text (label "<start>") and end-of-text with padding (label "<end>") follow if they were recorded.
 
     Parameters
     ----------
     recording : Recording
+        Recording of a run.
 
     Returns
     -------
@@ -163,17 +176,19 @@ def words_of(recording: Recording) -> list[Word]:
 
 
 def _label(prompt: Prompt, tokens: Sequence[Token]) -> str:
-    """Label of the word with these tokens.
+    """Label of the word that `tokens` represent.
 
-    It is "giraffe" for the tokens "giraffe/1" and "giraffe/2", and also for "giraffe@clip" and "giraffe@t5".
+    For example, the label is "giraffe" for the two tokens "giraffe/1" and "giraffe/2". The label is also "giraffe" for
+    the tokens "giraffe@clip" and "giraffe@t5" of two text encoders.
     """
     return tokens[0].label if len(tokens) == 1 else prompt.word_labels[tokens[0].word]
 
 
 def _owners(prompt: Prompt, indices: Sequence[int]) -> tuple[int | None, int | None]:
-    """Index of the entity whose noun has one of the token indices, and index of the entity whose attribute has one.
+    """Return the index of the entity that a word names, and the index of the entity that the word describes.
 
-    Each of the two is None if there is no such entity.
+    `indices` are the indices of the word's tokens. In "a red car", the noun "car" names the entity, and the attribute
+    "red" describes the entity. Each result is None if there is no such entity.
     """
     nouns = [i for i, entity in enumerate(prompt.entities) if set(indices) & set(entity.token_indices)]
     owners = [i for i, entity in enumerate(prompt.entities) if set(indices) & set(entity.attribute_indices)]
@@ -181,7 +196,12 @@ def _owners(prompt: Prompt, indices: Sequence[int]) -> tuple[int | None, int | N
 
 
 def _chips(prompt: Prompt, words: Sequence[Word]) -> list[dict[str, Any]]:
-    """All words of the prompt as written, each with its index in `words`, or None if it was not recorded."""
+    """Describe the buttons with which the explorer shows the prompt, one dict per word of the prompt.
+
+    "text" is the word as written in the prompt. "gap" is True if a space precedes the word. "token" is the index of the
+    word in `words`, or None if the word was not recorded. If start-of-text and end-of-text were recorded, their buttons
+    follow, and have the entry "special".
+    """
     place = {word.label: i for i, word in enumerate(words)}
     pieces: dict[int, list[Token]] = {}
     for token in prompt.tokens:
@@ -201,7 +221,11 @@ def _chips(prompt: Prompt, words: Sequence[Word]) -> list[dict[str, Any]]:
 
 
 def _run_data(run: Run, name: str, words: Sequence[Word], source: Source, fit: Fit, buffer: Buffer) -> dict[str, Any]:
-    """Data of one run for the browser as JSON; its maps and regions are added to the buffer."""
+    """Data of one run that the explorer sends to the browser as JSON, such as the image and the measures.
+
+    The maps and regions of the run are not part of the result, but are added to `buffer`. `name` is the title of the
+    run. `words` and `source` are the run's recorded words and maps. `fit` is the reduction of maps and steps.
+    """
     recording = style.recorded(run)
     node, prompt = source.nodes[0], run.prompt
     positions = fit.positions(node.sizes["step"])
@@ -237,22 +261,31 @@ def _run_data(run: Run, name: str, words: Sequence[Word], source: Source, fit: F
 
 
 def _predicted(run: Run, steps: Sequence[int]) -> list[str] | None:
-    """Image that the run predicts at each of the steps, as data URIs; None if the run has no predicted images."""
+    """Final images that a run predicts at the steps in `steps`, one data URI per step.
+
+    The result is None if the run was generated without ``predicted=True``.
+    """
     if not run.predicted:
         return None
     return [data_uri(run.predicted[min(step, len(run.predicted) - 1)], LOSSLESS_SIDE) for step in steps]
 
 
 def _outcome(run: Run) -> dict[str, Any] | None:
-    """The judge's verdict on the image; None if the judge cannot judge this image."""
+    """Verdict of the built-in judge on the image of a run; None if the judge cannot judge the image.
+
+    The entry "right" is True if the image is right. The entry "verdict" is the verdict as text.
+    """
     verdict = run.verdict
     return None if verdict is None else {"right": bool(verdict.success), "verdict": str(verdict)}
 
 
 def _regions(run: Run, steps: Sequence[int], buffer: Buffer, notes: list[str]) -> dict[str, Any] | None:
-    """Add the regions to the buffer; return their size and position there, or None after adding a note on the reason.
+    """Add the regions of a run at the given steps to `buffer`, and return their size and position.
 
-    They are bytes (step, y, x): 0 for a location outside every region, n for one in the region of the n-th entity.
+    The regions are stored as bytes (step, y, x). The byte is n at locations in the region of the n-th entity, counted
+    from 1. The byte is 0 at locations outside every region. The result has the entries "rows", "columns", and "at", the
+    index of the first byte in the buffer. If regions cannot be computed, the reason is added to `notes`, and the result
+    is None.
     """
     try:
         regions = run.regions.sel(step=list(steps))
@@ -267,11 +300,18 @@ def _regions(run: Run, steps: Sequence[int], buffer: Buffer, notes: list[str]) -
 def _measures(
     run: Run, steps: Sequence[int], colors: dict[str, str], notes: list[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Lines of the plot of each measure over the steps, by measure; empty if no measure is available.
+    """Lines with which the explorer plots the measures of a run over the steps.
 
-    Each line has name, color (None without an entity), second (color of the other entity of a pair, or None) and values
-    (one per step, None where the value is missing or not finite). `colors` has the color of each entity, by its label.
-    If no measure is available, a note on the reason is added to `notes`, unless `notes` already has one.
+    The result maps the name of each measure to a list of lines. For example, a measure of entities has one line per
+    entity. Measures that are matrices, such as leakage, are left out. A line is a dict with four entries:
+
+    - "name": name of the line, such as the label of an entity.
+    - "color": color of the entity; None if the line belongs to no entity.
+    - "second": color of the second entity, if the line belongs to a pair of entities; otherwise None.
+    - "values": one value per step; None if a value is missing or not finite.
+
+    `colors` maps the labels of the entities to their colors. If the measures cannot be computed, the result is empty.
+    The reason is then added to `notes`, unless `notes` already contains a note.
     """
     try:
         frame = run.bleeding.to_frame()
@@ -308,10 +348,10 @@ def _number(value: float, digits: int) -> float | None:
 
 
 def _choices(about: Sequence[dict[str, Any]], steps: list[int]) -> dict[str, list[Any]]:
-    """Valid values of the traits of `Explorer` that have a list of choices, by name of the trait.
+    """Valid values of the explorer's settings, as a dict with one list per setting.
 
-    The entry "tokens" holds for the trait `token`, too. `about` has the data of each run, as `_run_data` returns them.
-    `steps` are the steps that can be chosen.
+    The keys are names of attributes of `Explorer`, such as "layer". The list "tokens" also applies to the attribute
+    `token`. `about` is the data of each run, as `_run_data` returns it. `steps` are the steps that can be chosen.
     """
     layers = [layer for run in about for layer in run["layers"]]
     places = dict.fromkeys(layer["place"] for layer in layers)
@@ -331,20 +371,24 @@ def _choices(about: Sequence[dict[str, Any]], steps: list[int]) -> dict[str, lis
 
 
 def _default_tokens(about: Sequence[dict[str, Any]]) -> list[str]:
-    """Labels of the nouns of all runs' entities; the first word of the first run if no noun was recorded.
+    """Labels of the words that the explorer shows by default: the recorded nouns of the entities of all runs.
 
-    `about` has the data of each run, as `_run_data` returns them.
+    If no noun was recorded, the only label is the label of the first recorded word of the first run. `about` is the
+    data of each run, as `_run_data` returns it.
     """
     nouns = dict.fromkeys(word["label"] for run in about for word in run["words"] if word["entity"] is not None)
     return list(nouns) or [about[0]["words"][0]["label"]]
 
 
 def _default_maps(about: Sequence[dict[str, Any]], recording: Recording) -> tuple[str, int | None]:
-    """Default values of `Explorer.layer` and `Explorer.size`, which select the maps that `Run.regions` uses.
+    """Default layers and default map size, which select the attention maps that the explorer shows.
 
-    The layer is "up" if `recording` is of a U-Net, else "all"; it is also "all" if a run has no maps in the decoder.
-    The size is the map size of `recording` nearest to 16, or None if a run has no maps of this size in these layers.
-    `recording` is that of the run with the most steps. `about` has the data of each run, as `_run_data` returns them.
+    If possible, these maps are the maps from which `Run.regions` is computed.
+
+    The layers are "up" (the decoder) for a U-Net, and "all" for a transformer. If any run has no maps in the decoder,
+    the layers are "all". The map size is the size nearest to 16 in `recording`, the recording of the run with the most
+    steps. If any run has no maps of this size in the default layers, the map size is None, which stands for all sizes.
+    `about` is the data of each run, as `_run_data` returns it.
     """
     layer, size = recording.decoder, recording.usual_size()
     if any(not sizes_of(run["layers"], layer) for run in about):
@@ -353,9 +397,10 @@ def _default_maps(about: Sequence[dict[str, Any]], recording: Recording) -> tupl
 
 
 def sizes_of(layers: Sequence[dict[str, Any]], layer: str) -> set[int]:
-    """Map sizes of the layers that `layer` selects: "all", a part of the network such as "mid", or a layer's name.
+    """Map sizes of the selected layers.
 
-    `layers` are the descriptions that `pack` returns.
+    `layer` selects layers: it is "all", a part of the network such as "mid", or the name of one layer. `layers` is a
+    list with one dict per layer, as `pack` returns it.
 
     Examples
     --------
@@ -373,7 +418,10 @@ def _meanings(measures: Sequence[str]) -> dict[str, str]:
 
 
 def _notes(sources: Sequence[Source], fit: Fit) -> list[str]:
-    """Notes for the user on how maps and steps were reduced to stay within the budget; empty if they were not."""
+    """Notes for the user about maps that were downsampled, and steps that were omitted, to limit the size of the data.
+
+    The list is empty if nothing was reduced. `fit` is the reduction.
+    """
     notes = []
     large = {(node.sizes["y"], node.sizes["x"]) for source in sources for node in source.nodes}
     shrunk = {size: fit.size(*size) for size in sorted(large, reverse=True) if fit.size(*size) != size}

@@ -1,8 +1,10 @@
-"""Compact binary format of maps: one byte per location, one scale per map, steps as differences, compressed with zlib.
+"""Compact binary format of attention maps, in which the explorer widget sends them to the browser.
 
-The uncompressed buffer holds all scales (little-endian float32) and after them all bytes. The maps of a layer are bytes
-(step, head, word, y, x); every step except the first is stored as the difference from the previous one, modulo 256. The
-scales of a layer are (step, head, word). Once the differences are summed, probability = byte / 255 x scale.
+A map has one byte per location and one scale: probability = byte / 255 x scale. The bytes of a layer have the
+dimensions (step, head, word, y, x), and its scales have the dimensions (step, head, word). Instead of the bytes of a
+step, their differences from the previous step are stored, modulo 256. Only the first step is stored as it is.
+
+The buffer contains the scales of all layers as little-endian float32, and then all bytes. It is compressed with zlib.
 """
 
 from __future__ import annotations
@@ -30,24 +32,30 @@ _BLOCK = 2**25
 
 @dataclass(frozen=True)
 class Fit:
-    """Reduction of maps and steps that meets a budget of bytes, as `fit_to` returns it.
+    """Reduction of attention maps: how far maps are downsampled, and which share of the steps is kept.
+
+    `fit_to` returns the reduction with which the maps stay within a given number of bytes.
 
     Attributes
     ----------
     side : int or None
-        Maps whose longer side is larger are downsampled to this longer side by area means; None keeps all sizes.
+        Largest length of the longer side of a map, in locations. Larger maps are downsampled to this length by area
+        means. None means that no map is downsampled.
     share : float
-        Share of the steps that is kept. The kept steps are evenly spaced and include the first and the last step.
+        Share of the steps that is kept, 0 to 1. The kept steps are evenly spaced, and include the first and the last
+        step.
     """
 
     side: int | None = None
     share: float = 1.0
 
     def size(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns, after the reduction, of a map that was recorded with these rows and columns.
+        """Size of a map after the reduction, as (rows, columns). `rows` and `columns` are the recorded size.
 
         Examples
         --------
+        With a limit of 32, 64 x 48 locations become 32 x 24, and 16 x 16 remain. Without a limit, every size remains:
+
         >>> Fit(32).size(64, 48), Fit(32).size(16, 16), Fit().size(128, 128)
         ((32, 24), (16, 16), (128, 128))
         """
@@ -57,15 +65,22 @@ class Fit:
         return max(1, round(rows * factor)), max(1, round(columns * factor))
 
     def positions(self, steps: int) -> list[int]:
-        """Positions, counted from 0, of the steps that are kept of a recording with `steps` steps.
+        """Positions of the steps that the reduction keeps, counted from 0.
 
-        The number of kept steps is `share` x `steps`, rounded down, but at least the first and the last step are kept.
-        The positions are evenly spaced from the first step to the last, and rounded to whole numbers.
+        `steps` is the number of recorded steps. The reduction keeps the fraction `self.share` of these steps, rounded
+        down. The first and the last step are always kept. The kept steps are evenly spaced, up to rounding.
 
         Examples
         --------
-        >>> Fit(16, 0.5).positions(9), Fit().positions(3)
-        ([0, 3, 5, 8], [0, 1, 2])
+        With a share of 0.5, four of nine steps are kept:
+
+        >>> Fit(share=0.5).positions(9)
+        [0, 3, 5, 8]
+
+        By default, all steps are kept:
+
+        >>> Fit().positions(3)
+        [0, 1, 2]
         """
         return list(range(steps)) if self.share >= 1 else pick_steps(range(steps), max(2, int(steps * self.share)))
 
@@ -77,9 +92,10 @@ class Source:
     Attributes
     ----------
     nodes : tuple of xarray.Dataset
-        Recorded maps, one dataset per map size, largest maps first (see `Recording.nodes`).
+        Recorded maps as `Recording.nodes` returns them: one dataset per map size, largest maps first.
     words : tuple of tuple of int
-        For each word, the positions of its tokens along ``token``. The maps of these tokens are averaged.
+        One tuple per word: the positions of the word's tokens along the dimension ``token``. The maps of these tokens
+        are averaged.
     """
 
     nodes: tuple[xr.Dataset, ...]
@@ -96,23 +112,37 @@ class Source:
 
 @dataclass
 class Buffer:
-    """Maps collected for the browser: their values as bytes, and the scales that turn the bytes back into values.
+    """Attention maps and regions that are collected for the browser, as bytes.
 
-    `add` stores the bytes of all maps of a layer and returns their position. `add_scales` stores the scales of these
-    maps, one per map, and returns their position. Regions are stored by `add`, without scales.
+    Each map has a scale, with which the browser turns the bytes of the map back into values. Regions have no scale.
+
+    Attributes
+    ----------
+    scales : list of numpy.ndarray
+        Scales of the maps, one array per call of `add_scales`.
+    parts : list of numpy.ndarray
+        Bytes of the maps and regions, one array per call of `add`.
     """
 
     scales: list[np.ndarray] = field(default_factory=list)
     parts: list[np.ndarray] = field(default_factory=list)
 
     def add_scales(self, values: np.ndarray) -> int:
-        """Add scales; return the index of the first of them among all scales."""
+        """Append scales of maps, and return the number of scales that the buffer had before.
+
+        `values` is an array of any shape, with one scale per map. The returned number is the index of the first new
+        scale.
+        """
         at = self.scale_count
         self.scales.append(np.ravel(values).astype("<f4"))
         return at
 
     def add(self, values: np.ndarray) -> int:
-        """Add bytes; return the index of the first of them among the bytes of all calls of `add`."""
+        """Append bytes of maps or regions, and return the number of bytes that were added before.
+
+        `values` is an array of any shape, with whole numbers from 0 to 255. The returned number is the index of the
+        first new byte.
+        """
         at = sum(part.size for part in self.parts)
         self.parts.append(np.ravel(values).astype(np.uint8, copy=False))
         return at
@@ -123,28 +153,30 @@ class Buffer:
         return sum(part.size for part in self.scales)
 
     def deflated(self) -> bytes:
-        """The buffer compressed in zlib's format, which browsers call "deflate"."""
+        """All scales, followed by all bytes, compressed in zlib's format, which browsers call "deflate"."""
         squeezer = zlib.compressobj(6)
         squeezed = [squeezer.compress(part.tobytes()) for part in (*self.scales, *self.parts)]
         return b"".join([*squeezed, squeezer.flush()])
 
 
 def fit_to(sources: Sequence[Source], budget: int) -> Fit:
-    """Weakest reduction that keeps maps within a budget.
+    """Weakest reduction that keeps the maps of several runs within a budget of bytes.
 
     Maps within the budget are not reduced. Otherwise the longer side of each map is limited to 32 or, if this is not
-    enough, to 16. If the maps still exceed the budget, steps are omitted, too. At least the first and the last step of
-    each recording are kept, even if they exceed the budget.
+    enough, to 16. If this is still not enough, steps are omitted, too. The first and the last step of each recording
+    are always kept, even if their maps exceed the budget.
 
     Parameters
     ----------
     sources : sequence of Source
+        Recorded maps of each run.
     budget : int
         Largest number of bytes of all maps together, before compression.
 
     Returns
     -------
     Fit
+        Limit of the maps' longer side, and the share of the steps that is kept.
     """
     for side in (None, *_SIDES):
         fit = Fit(side)
@@ -155,21 +187,31 @@ def fit_to(sources: Sequence[Source], budget: int) -> Fit:
 
 
 def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
-    """Add the maps of a recording to a buffer, reduced and quantized, and describe its layers.
+    """Reduce and quantize the recorded maps of a run, add the maps to a buffer, and describe the layers of the run.
 
     Parameters
     ----------
     source : Source
+        Recorded maps of the run.
     fit : Fit
+        Reduction of the maps.
     buffer : Buffer
+        Buffer to which the maps are added.
 
     Returns
     -------
     list of dict
-        One per layer, in forward order. The keys are "name"; "short", a short name; "place", the part of the network;
-        "recorded", the rows and columns as recorded; "size", the larger of these; "rows" and "columns", as sent;
-        "heads", the indices of the recorded heads, or ["mean"] if only their mean was recorded; and "at" and "scales",
-        the positions in the buffer that `Buffer.add` and `Buffer.add_scales` returned.
+        One dict per layer, in the order in which the denoiser calls the layers. The keys are:
+
+        - "name": full name of the layer.
+        - "short": short name of the layer.
+        - "place": part of the network, such as "up".
+        - "recorded": list of two ints, the rows and columns of the recorded maps.
+        - "size": map size, the larger number in "recorded".
+        - "rows" and "columns": rows and columns of the reduced maps.
+        - "heads": indices of the recorded heads, or ["mean"] if only the mean over the heads was recorded.
+        - "at": index in the buffer of the first byte of the layer's maps.
+        - "scales": index in the buffer of the first scale of the layer's maps.
     """
     found = []
     for node in source.nodes:
@@ -198,14 +240,16 @@ def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
 
 
 def short_names(layers: Sequence[tuple[str, str]]) -> list[str]:
-    """Short, distinct names of layers: the part of the network, and the first two numbers in the layer's name.
+    """Short, distinct names of layers, such as "up 1.0".
 
-    If two of these names are equal, all numbers are used; if two are still equal, the full names are returned.
+    A short name consists of the part of the network and the first two numbers in the full name of the layer. If two
+    layers would have the same short name, all numbers are used. If short names are still equal, the full names are
+    returned.
 
     Parameters
     ----------
     layers : sequence of (str, str)
-        For each layer, its place, such as "up", and its name.
+        For each layer, the part of the network, such as "up", and the full name.
 
     Returns
     -------

@@ -14,18 +14,20 @@ from elakit.files import check_path, write_text
 
 
 def render(meta: dict[str, Any], maps: bytes, state: dict[str, Any], code: str, style: str) -> str:
-    """Explorer as a self-contained HTML page, which needs no other file and no network.
+    """HTML page of an explorer; the page needs no other file and no network.
 
     Parameters
     ----------
     meta : dict
-        `Payload.meta`, as returned by `describe`.
+        Data of the runs, without the maps: `Payload.meta`.
     maps : bytes
-        `Payload.maps`, the compressed maps.
+        The compressed maps: `Payload.maps`.
     state : dict
-        Initial values of the explorer's settings, by name.
-    code, style : str
-        JavaScript module and style sheet of the widget.
+        Initial values of the explorer's settings, by name of the setting.
+    code : str
+        JavaScript module of the widget.
+    style : str
+        Style sheet of the widget.
 
     Returns
     -------
@@ -49,7 +51,9 @@ def render(meta: dict[str, Any], maps: bytes, state: dict[str, Any], code: str, 
 
 
 def script_json(value: Any) -> Markup:
-    r"""JSON that is safe inside a script element, whatever its strings contain.
+    r"""Value as JSON that can be placed inside an HTML script element.
+
+    The characters "<", ">" and "&" are escaped, so that no string of the value can end the element.
 
     Examples
     --------
@@ -63,7 +67,9 @@ def script_json(value: Any) -> Markup:
 
 
 def write(path: str | Path, text: str) -> Path:
-    """Write a page to a file, completely or not at all; an existing file is replaced.
+    """Write a page to a file, and replace an existing file.
+
+    If the page cannot be written completely, the existing file stays as it is.
 
     Parameters
     ----------
@@ -80,10 +86,13 @@ def write(path: str | Path, text: str) -> Path:
     Raises
     ------
     OutputError
-        The path is empty, a folder or too long, or its parent folder does not exist or is not writable.
+        The path is empty, is too long, or is an existing folder. Also raised if the folder that would contain the file
+        does not exist or is not writable.
 
     Examples
     --------
+    The folder of the file must exist:
+
     >>> write("no-such-folder/explorer.html", "")
     Traceback (most recent call last):
     ...

@@ -1,4 +1,4 @@
-"""Static image of the explorer for viewers without widgets: notebooks on GitHub and nbviewer, mail, print."""
+"""Static image of the explorer, for places that cannot show widgets: GitHub, nbviewer, mail and print."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def png(
 ) -> tuple[bytes, int]:
     """Static image of the explorer as PNG, with one row per run.
 
-    Each row shows the finished image and, for each of the first five entities, its attention and the regions at the
-    middle step.
+    A row begins with the finished image. It continues with one panel for each of the first five entities. A panel shows
+    the attention of its entity and the outlines of all regions, at the middle step of the run.
 
     Parameters
     ----------
     runs : sequence of Run
         Recorded runs.
     note : str
-        Text at the bottom.
+        Text at the bottom of the image.
 
     Returns
     -------
@@ -87,7 +87,10 @@ def _middle(run: Run) -> xr.DataArray | None:
 
 
 def _overlay(image: Image.Image, values: np.ndarray, top: float) -> Image.Image:
-    """A map in colors over the grayscale image; `top` is the value that has the last color."""
+    """An attention map in colors, laid over the image in light gray.
+
+    `values` is the map (y, x). `top` is the map value that has the last color of the color map.
+    """
     levels = (values / top * 255).clip(0, 255).astype(np.uint8)
     colored = Image.fromarray(lookup("viridis")[levels])
     size = _PANEL * _SCALE, _PANEL * _SCALE * image.height // image.width
@@ -105,11 +108,12 @@ def _paste(canvas: Image.Image, image: Image.Image, column: int, y: int, height:
 def _outline(
     canvas: Image.Image, run: Run, step: int, column: int, y: int, height: int, colors: dict[str, str]
 ) -> None:
-    """Outline the regions of a step on one image of a row.
+    """Outline the regions of a step on one of the images in `canvas`.
 
     Each outline lies inside its region, so that the outlines of adjacent regions are both visible. `column` is the
-    index of the image in its row. `y` is the upper edge of the image and `height` its height, in pixels of the display
-    size.
+    index of the image in its row, counted from 0. `y` is the position of the image's upper edge, and `height` is the
+    image's height, both in display pixels. `canvas` has two pixels per display pixel. `colors` has the color of each
+    outline, by label of the entity.
     """
     regions = run.regions.sel(step=step)
     corner = (_MARGIN + column * (_PANEL + _GAP)) * _SCALE, y * _SCALE

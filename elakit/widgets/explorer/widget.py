@@ -45,10 +45,11 @@ SETTINGS = (
 
 
 class Explorer(anywidget.AnyWidget):
-    """Widget that shows runs side by side in a notebook, as `explore` returns it.
+    """Widget that shows runs side by side in a notebook; `explore` creates it.
 
-    Every setting can be read and set from Python, and follows what the user does in the browser. An invalid value
-    raises a `RefusedError`, which is a `SettingError`; its message lists the valid values.
+    Every setting is an attribute that can be read and set from Python. When the user changes a setting in the browser,
+    the attribute changes, too. An invalid value raises `RefusedError`, a subclass of `SettingError`. The message of the
+    error lists the valid values.
 
     Parameters
     ----------
@@ -57,46 +58,47 @@ class Explorer(anywidget.AnyWidget):
     budget : int
         Largest number of bytes of the maps of all runs together, before compression.
     **settings
-        Initial values of any of the attributes below.
+        Initial values of settings, by name of the setting. The attributes below are the settings.
 
     Attributes
     ----------
     step : int
-        Step that the run with the most steps shows: a denoiser call, counted from 0; negative numbers count from the
-        end. Each other run shows the step that is nearest to the same fraction of its own steps. Default: the middle
-        step.
+        Step that is shown: a denoiser call, counted from 0. Negative numbers count from the end. If runs have different
+        numbers of steps, `step` counts the steps of the longest run. A shorter run shows the step at the same
+        fraction of its length, up to rounding. Default: the middle step.
     tokens : list of str
-        Labels of the words shown as thumbnails below each image ("car", "red#2", "<start>", "<end>"). Default: the
-        nouns of all entities.
+        Labels of the words that are shown as thumbnails below each image, such as "car", "red#2", "<start>" or "<end>".
+        Default: the nouns of all entities.
     token : str
-        Label of the word in the large view; it is added to `tokens` if missing. If it is the noun of the n-th entity of
-        one prompt and another run's prompt lacks it, that run shows the n-th entity of its own prompt. Default: the
-        first of `tokens`.
+        Label of the word whose map lies over the large image. A word that is missing in `tokens` is added there.
+        Suppose that the word is the noun of the n-th entity of one prompt. Then a run whose prompt lacks the word shows
+        the n-th entity of its own prompt. Default: the first of `tokens`.
     layer : str
-        "all", a part of the network ("down", "mid" or "up" of a U-Net; "double", "single" or "block" of a transformer)
-        or the name of a layer. Maps of several layers are averaged. Default: "up" for a U-Net, "all" for a transformer
-        or if a run has no maps in "up".
+        "all" for all layers, a part of the network, or the name of a layer. The parts of a U-Net are "down", "mid" and
+        "up". The parts of a transformer are "double", "single" and "block". Maps of several layers are averaged.
+        Default: "up" if every run has maps in this part, otherwise "all".
     size : int or None
-        Map size, the number of locations along the longer side; None averages over all sizes. If the layers
-        that a new `layer` selects have no maps of this size, `size` changes to their only size, or to None if they have
-        several. Default: the recorded size nearest to 16, or None if a run has no maps of this size.
+        Map size, the number of locations along the longer side; None averages over all map sizes. If a new `layer` has
+        no maps of this size, `size` changes to the only size of the new layer, or to None if there are several.
+        Default: the recorded size nearest to 16, or None if a run has no maps of this size.
     head : int or "mean"
-        Index of the head whose maps are shown in every layer, if the heads were recorded separately
-        (``RecordSpec(heads="all")``); "mean" for the mean over the heads.
+        Index of the head whose maps are shown; "mean" shows the mean over the heads. An index is only valid if the
+        heads were recorded separately (``RecordSpec(heads="all")``).
     normalization : {"none", "sum", "start"}
-        Values of the maps: probability ("none"), share of the map, which sums to 1 ("sum"), or multiple of the
-        probability of start-of-text at the same location ("start").
+        Normalization of the maps. With "none", the values are probabilities. With "sum", the values of each map sum to
+        1. With "start", each value is divided by the probability of start-of-text at the same location.
     shared_scale : bool
-        True for one color scale for all runs, steps and tokens, False for one per map.
+        True if the maps of all runs, steps and `tokens` share one color scale, False if each map has its own.
     measure : str
-        Name of the measure that is plotted over the steps, from the column "measure" of ``run.bleeding.to_frame()``;
-        leakage and other matrices are not offered. Default: "bleed". "" if no measure is available.
+        Name of the measure that is plotted over the steps. The names are in the column "measure" of
+        ``run.bleeding.to_frame()``; leakage and other matrices are not available. Default: "bleed", or "" if no measure
+        is available.
     regions : bool
         True to outline the entities' regions.
     predicted : bool
-        True to lay the attention over the image that the step predicts, False to lay it over the finished image. A run
-        that was generated without ``predicted=True`` always shows the finished image. Default: True if at least one run
-        has predicted images.
+        Image under the attention map: True for the image that is predicted at the shown step, False for the finished
+        image. A run that was generated without ``predicted=True`` always shows the finished image. Default: True if at
+        least one run has predicted images.
     opacity : float
         Opacity of the attention overlay, 0 to 1.
     smooth : bool
@@ -268,7 +270,8 @@ class Explorer(anywidget.AnyWidget):
         Raises
         ------
         OutputError
-            The path is empty, a folder or too long, or its parent folder does not exist or is not writable.
+            The path is empty, is too long, or is an existing folder. Also raised if the folder that would contain the
+            file does not exist or is not writable.
         """
         state = {name: getattr(self, name) for name in SETTINGS}
         return page.write(path, page.render(self._meta, self._maps, state, str(self._esm), str(self._css)))
@@ -298,34 +301,37 @@ def explore(*runs: Run | Sequence[Run], budget: int = BUDGET, **settings: Any) -
     *runs : Run or sequence of Run
         Recorded runs, of one prompt or of several.
     budget : int
-        Largest number of bytes of the maps of all runs together, before compression. Maps that exceed it are
-        downsampled to a side of 32 or, if necessary, 16; if this is not enough, steps are omitted. A note at the bottom
-        of the explorer states what was reduced.
+        Largest number of bytes of the maps of all runs together, before compression. If the maps exceed this budget,
+        the longer side of each map is limited to 32 or, if necessary, to 16. If this is not enough, steps are omitted.
+        A note at the bottom of the explorer states what was reduced.
     **settings
         Initial values of attributes of `Explorer`, such as ``tokens=["car"], layer="down", step=-1``.
 
     Returns
     -------
     Explorer
-        A widget; ``explore(...).to_html("explorer.html")`` exports it as a page.
+        The widget. Its method `to_html` exports it as an HTML page.
 
     Raises
     ------
     SettingError
-        No run is given, an argument is not a run, or a setting is invalid. An invalid value of a setting raises
-        `RefusedError`, a subclass.
+        No run is given, an argument is not a run, or a setting is invalid. For a setting with an invalid value, the
+        error is a `RefusedError`, a subclass of `SettingError`.
     RecordingError
         A run was not recorded, or its recording is empty.
 
     Examples
     --------
-    The step is given; the other attributes have their defaults:
+    The last of two steps is shown; the other settings have their defaults:
 
     >>> import elakit
     >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=2, progress=False)
     >>> explorer = elakit.explore(run, step=-1)
     >>> explorer.step, explorer.tokens, explorer.layer, explorer.measure
     (1, ['cat', 'lion'], 'up', 'bleed')
+
+    A word that is not in the prompt is refused:
+
     >>> explorer.tokens = ["zebra"]
     Traceback (most recent call last):
     ...

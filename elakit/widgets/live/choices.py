@@ -1,4 +1,7 @@
-"""Choices of a panel's user for the next run, and the actions that change them; nothing here depends on widgets."""
+"""Choices that the user of the live panel makes for the next run, and the actions that change these choices.
+
+Nothing in this module depends on widgets.
+"""
 
 from __future__ import annotations
 
@@ -30,30 +33,30 @@ NUMBERS: dict[str, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choices:
-    """Choices of a panel's user for the next run.
+    """Choices that the user of the live panel makes for the next run.
 
-    Actions, such as `with_method`, return new choices, or the same object if nothing changes. "Method" stands for the
-    guidance method.
+    A `Choices` object never changes. An action, such as `with_method`, returns an object with the changed choice.
+    "Method" always means the guidance method.
 
     Attributes
     ----------
     seed, steps, guidance_scale : int, int, float
-        Numbers as entered, which may be out of range (`elakit.widgets.live.next_run.problems` finds those that are).
+        Numbers as entered. They may be out of range; `elakit.widgets.live.next_run.problems` reports such numbers.
     text : str
         Text of the prompt, as entered.
     prompt : Prompt or None
-        The parsed prompt; None if no text was entered yet, or if it cannot be parsed.
+        The parsed prompt; None if no text was entered yet, or if the text cannot be parsed.
     unreadable : ElakitError or None
         The error that parsing the text raised; None if there was none.
     method : str
         "plain" or a key of `elakit.guidance.METHODS`.
     entries : mapping of str to mapping
-        For each method by name, the entries of its options by name (an entry is the content of an option's input field,
-        see `elakit.widgets.live.options.entry`). A method that is not in the mapping has its default options.
+        For each method, by name, a mapping from option names to entries. An entry is the content of the option's input
+        field. A method that is not in the outer mapping has its default options.
     by_hand : mapping of str to region
         Regions given by hand, by label of the entity. A region is a box (left, top, right, bottom) as fractions of the
-        image, or a boolean mask (y, x). If an entity is removed from the prompt, its region is kept and used again if
-        an entity with the same label returns.
+        image, or a boolean mask (y, x). The region of an entity that is removed from the prompt is kept. The region is
+        used again when an entity with the same label returns.
 
     Examples
     --------
@@ -65,7 +68,7 @@ class Choices:
     >>> choices.with_region("car", (0, 0, 0.5, 1)).regions()
     {'car': (0.0, 0.0, 0.5, 1.0), 'bird': None}
 
-    The word with the index 1, "red", is an attribute; a click on it removes it from the attributes of the car:
+    The word with the index 1 is "red", the only attribute of the car. A click on "red" removes this attribute:
 
     >>> choices.with_word_toggled(1).prompt.entities[0].attributes
     ()
@@ -84,10 +87,12 @@ class Choices:
     # -- actions ---------------------------------------------------------------------------------------------------
 
     def with_text(self, text: str, read: Callable[[str], Prompt]) -> Choices:
-        """Set the text of the prompt and parse it with `read`; an error of `read` is kept in `unreadable`.
+        """Set the text of the prompt, and parse the text with `read`.
 
-        If the text equals ``prompt.text``, which has no brackets, the prompt is kept, with the entities and attributes
-        that the user has assigned by clicking on words. With any other text, these assignments are lost.
+        If `read` raises an `ElakitError`, the error is stored in `unreadable`.
+
+        A text that equals ``prompt.text`` is not parsed again. The prompt then keeps the entities and attributes that
+        the user has assigned by clicking on words. With any other text, these assignments are lost.
         """
         if self.prompt is not None and self.prompt.text == text:
             return self if self.text == text else replace(self, text=text)
@@ -97,13 +102,15 @@ class Choices:
             return replace(self, text=text, prompt=None, unreadable=error)
 
     def with_prompt(self, prompt: Prompt) -> Choices:
-        """Set a parsed prompt; `text` becomes its text, which has no brackets."""
+        """Set a parsed prompt, and set `text` to ``prompt.text``."""
         return replace(self, text=prompt.text, prompt=prompt, unreadable=None)
 
     def with_word_toggled(self, at: int) -> Choices:
-        """Change the role of the word with the index `at`, counted from 0: from none to entity, to attribute, to none.
+        """Change the role of a word as a click on the word does.
 
-        See `elakit.widgets.live.words.toggled`. Nothing changes if there is no prompt.
+        A word without a role becomes an entity, an entity becomes an attribute, and an attribute loses its role. `at`
+        is the index of the word in the prompt, counted from 0. Nothing changes if there is no prompt.
+        `elakit.widgets.live.words.toggled` explains which entity the new attribute belongs to.
 
         Raises
         ------
@@ -113,12 +120,14 @@ class Choices:
         return self if self.prompt is None else replace(self, prompt=words.toggled(self.prompt, at))
 
     def with_number(self, name: str, value: float) -> Choices:
-        """Set a number to an entered value, which is not checked here."""
+        """Set "seed", "steps" or "guidance_scale" to an entered value, which is not checked here."""
         entered: dict[str, Any] = {name: value}
         return self if getattr(self, name) == value else replace(self, **entered)
 
     def with_method(self, name: str) -> Choices:
-        """Choose a method by name; options that were entered for this method before are restored.
+        """Choose a guidance method by name, or "plain".
+
+        Options that were entered for this method before are restored.
 
         Raises
         ------
@@ -130,18 +139,23 @@ class Choices:
         return self if name == self.method else replace(self, method=name)
 
     def with_entry(self, method: str, option: str, entry: Any) -> Choices:
-        """Set an option of a method to an entered value, which is not checked here."""
+        """Set the entry of a method's option, that is, the content of the option's input field.
+
+        The entry is not checked here.
+        """
         entered = self.entries_of(method)
         return self if entered[option] == entry else self._with_entries(method, {**entered, option: entry})
 
     def with_options(self, given: Mapping[str, Any]) -> Choices:
-        """Set the given options of the chosen method; its other options keep their values.
+        """Set some options of the chosen method; the other options keep their values.
+
+        `given` has the new values, by name of the option.
 
         Raises
         ------
         SettingError
-            The method has no such option, a value has the wrong type, or "regions" is among the options: regions are
-            set with `with_region`.
+            The method has no such option, or a value has the wrong type. Also raised for the option "regions", since
+            regions are set with `with_region`.
         """
         if REGIONS in given and self.takes_regions:
             raise SettingError(
@@ -165,12 +179,14 @@ class Choices:
         return self._with_entries(method, options.defaults(METHODS[method]))
 
     def with_guidance(self, guidance: Method) -> Choices:
-        """Choose a method and its options, except its regions, which belong to entities of a prompt (`with_region`).
+        """Choose the method `guidance` with its options, but without its regions.
+
+        Regions belong to the entities of a prompt. They are set with `with_region`.
 
         Raises
         ------
         SettingError
-            The method is not among `elakit.guidance.METHODS`, or one of its options has the wrong type.
+            The method is not among `elakit.guidance.METHODS`, or the value of an option has the wrong type.
         """
         if METHODS.get(check_method(guidance).name) is not type(guidance):
             raise SettingError(
@@ -181,9 +197,10 @@ class Choices:
         return self.with_method(guidance.name).with_options(given)
 
     def with_region(self, entity: str | int | Entity, region: Region | None) -> Choices:
-        """Set the region that is given by hand for an entity; None removes this region.
+        """Set the region that is given by hand for an entity, or remove the region.
 
-        `entity` is the label of the entity, its index counted from 0, or the `Entity` itself.
+        `entity` is the label of the entity, the index of the entity, counted from 0, or the `Entity` itself. `region`
+        is a box (left, top, right, bottom) as fractions of the image, a boolean mask (y, x), or None for no region.
 
         Raises
         ------
@@ -195,10 +212,11 @@ class Choices:
         return self._with_regions({label: checked})
 
     def with_boxes(self, boxes: Sequence[Box | None]) -> Choices:
-        """Take over the boxes that the user has drawn on the image, one per entity; None removes the box of an entity.
+        """Set the regions of all entities to the boxes that the user has drawn on the image.
 
-        A box replaces a mask that was given for the entity; None keeps the mask. Nothing changes if the number of boxes
-        differs from the number of entities.
+        `boxes` has one item per entity. An item is a box (left, top, right, bottom) as fractions of the image, or None.
+        A box replaces the region of its entity. None removes the region if the region is a box, but keeps a mask.
+        Nothing changes if the number of items differs from the number of entities.
         """
         regions = self.regions()
         if len(boxes) != len(regions):
@@ -230,29 +248,32 @@ class Choices:
         return self.method != PLAIN and METHODS[self.method].needs_regions
 
     def regions(self) -> dict[str, Region | None]:
-        """Region given by hand for each entity of the prompt, by label of the entity; None where no region is given."""
+        """Region given by hand for each entity of the prompt, by label; None for an entity without a region."""
         entities = self.prompt.entities if self.prompt is not None else ()
         return {entity.label: self.by_hand.get(entity.label) for entity in entities}
 
     def layout(self) -> Layout | None:
-        """Regions given by hand, in the order of the entities, with None for each entity without a region.
+        """Regions given by hand, one item per entity of the prompt; None if no entity has a region.
 
-        None instead of the whole layout if no entity has a region.
+        The item of an entity without a region is None.
         """
         regions = tuple(self.regions().values())
         return None if all(region is None for region in regions) else regions
 
     def entries_of(self, method: str) -> Mapping[str, Any]:
-        """Entries of all options of a method, by name of the option: those that were entered, or the defaults."""
+        """Entries of all options of a method, by name of the option.
+
+        An entry is the content of an option's input field. Options that were not entered have their default entry.
+        """
         return self.entries[method] if method in self.entries else options.defaults(METHODS[method])
 
     def options(self) -> dict[str, Any]:
-        """Values of the chosen method's options by name, without its regions.
+        """Values of the chosen method's options, by name of the option. Regions are not included.
 
         Raises
         ------
         SettingError
-            The text that was entered for an option is not a Python literal.
+            The text that was entered for a number or a tuple is not a Python literal.
         """
         return {} if self.method == PLAIN else options.values(METHODS[self.method], self.entries_of(self.method))
 

@@ -18,11 +18,12 @@ class Controls:
     method : type
         Class of the method.
     entries : mapping of str to object
-        Initial entry of each option, by name, as `elakit.widgets.live.options.defaults` returns them.
+        Initial entries of all options, by name of the option. An entry is the content of an option's input field, as
+        `elakit.widgets.live.options.entry` returns it.
     on_entry : callable
-        Called with the name of an option and its new entry when the entry changes.
+        Called when the entry of an option changes, with the name of the option and the new entry.
     on_defaults : callable
-        Called without arguments when the user clicks "Defaults".
+        Called without arguments when the user clicks the button "Defaults".
 
     Attributes
     ----------
@@ -49,12 +50,12 @@ class Controls:
         self.view = w.VBox([grid, self.back])
 
     def show(self, entries: Mapping[str, Any]) -> None:
-        """Show the entries of all options, given by name of the option."""
+        """Show an entry in each input field; `entries` has the entries of all options, by name of the option."""
         for name, widget in self.widgets.items():
             widget.value = entries[name]
 
     def lock(self, locked: bool) -> None:
-        """Lock the input fields against changes, or unlock them."""
+        """Lock all input fields against changes if `locked` is True; otherwise unlock all input fields."""
         for widget in self.widgets.values():
             widget.disabled = locked
 

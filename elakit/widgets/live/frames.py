@@ -1,4 +1,7 @@
-"""Frames: what a `Stage` shows of a partial or finished run, namely its image, token maps, regions and losses."""
+"""Frames: the data of a partial or finished run that the live panel shows after a step.
+
+A frame has the image, the maps of the tokens, the regions, and the losses of the run.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,17 @@ from elakit.widgets.shared.quantize import quantize
 
 @dataclass(frozen=True)
 class Frame:
-    """Data of a run that are sent to the browser after a step.
+    """Data of a run that is sent to the browser after a step.
 
     Attributes
     ----------
     about : dict
-        JSON-compatible data, among them the last completed step, the number of steps, the image, labels and scales of
-        the maps, losses of the guided steps, and the judge's verdict.
+        All data except the maps and regions, as values that JSON can represent: the last completed step, the image,
+        labels and scales of the maps, losses, the judge's verdict, and more.
     maps : bytes
-        One byte per location: the maps in the order of ``about["maps"]``, followed by the number of the entity whose
-        region each location is in (1 for the first entity, 0 for none).
+        The maps in the order of ``about["maps"]``, followed by the regions. Each map has one byte per location. The
+        regions together have one byte per location: 0 outside every region, 1 in the region of the first entity, 2 in
+        the region of the second, and so on.
     """
 
     about: dict[str, Any]
@@ -40,10 +44,12 @@ def frame(run: Run, step: int, steps: int, *, finished: bool = False) -> Frame:
     ----------
     run : Run
         The partial or finished run.
-    step, steps : int
-        The last completed step, counted from 0, and the number of steps of the run.
+    step : int
+        Index of the last completed step, counted from 0.
+    steps : int
+        Number of steps of the run.
     finished : bool
-        True if the run is complete; its frame has the judge's verdict, if there is one.
+        True if the run is complete. The frame of a complete run also has the judge's verdict, if there is a judge.
 
     Returns
     -------
@@ -51,10 +57,12 @@ def frame(run: Run, step: int, steps: int, *, finished: bool = False) -> Frame:
 
     Examples
     --------
+    The frame has the maps of two words, and the regions, each with 16 x 16 locations:
+
     >>> import elakit
     >>> run = elakit.generate(elakit.load("picture-world"), "a [red car]", steps=1, progress=False)
     >>> shown = frame(run, 0, 1)
-    >>> [each["label"] for each in shown.about["maps"]], len(shown.maps) == 3 * 16 * 16  # two maps, and the regions
+    >>> [each["label"] for each in shown.about["maps"]], len(shown.maps) == (2 + 1) * 16 * 16
     (['car', 'red'], True)
     """
     maps, owner = _attention(run)

@@ -1,7 +1,8 @@
 """State of a panel: choices for the next run, the run in progress, the data that the panel shows, and all past runs.
 
-Nothing here depends on widgets. The user's actions, in the browser or from Python, are calls of `PanelModel`'s
-functions. They change the model, which then calls `on_choices` or `on_run`, so that a view can show the new state.
+Nothing in this module depends on widgets. Each action of the user, in the browser or from Python, is a call of a
+function of `PanelModel`. The function changes the state. Then `on_choices` or `on_run` is called, so that a view can
+show the new state.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from elakit.widgets.live.session import Session
 
 
 class PanelModel:
-    """State of a `Panel`, and the actions of its user.
+    """State of a `Panel`, and the actions of the user of the panel.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
+        Pipeline that generates the images.
     choices : Choices
         Initial choices.
 
@@ -41,22 +43,28 @@ class PanelModel:
     runs : list of Run
         All runs in the order in which they ended, including canceled and failed runs with at least one completed step.
     frame : Frame or None
-        Image, maps and losses of the current or the last run, with the judge's verdict if this run is complete; None
-        before the first preview, and after a change of the prompt.
+        Data of the current or the last run that the panel shows: image, maps, losses and, if the run is complete, the
+        judge's verdict. None before the first preview, and after a change of the prompt.
     error : Exception or None
-        Error that the panel shows; None if there is none.
+        Error that the panel shows; None if the panel shows no error.
     on_choices : callable
-        Called without arguments when the choices have changed, in the thread that changed them.
+        Called without arguments when the choices have changed, in the thread that changed the choices.
     on_run : callable
-        Called without arguments when the run or the error has changed, in any thread.
+        Called without arguments when the state or the preview of the run has changed. The call can come from any
+        thread.
 
     Examples
     --------
+    The bracket of the first prompt is not closed. The error is stored, not raised:
+
     >>> import elakit
     >>> model = PanelModel(elakit.load("picture-world"), Choices(seed=0, steps=3, guidance_scale=3.0))
     >>> model.enter_text("a [cat")
     >>> model.choices.prompt, type(model.error).__name__
     (None, 'PromptError')
+
+    A run with a valid prompt is started, pauses after two of three steps, and is canceled:
+
     >>> model.enter_text("a [cat]")
     >>> model.step(2)
     >>> model.session.wait(), model.now.made, model.error  # `made` is the number of completed steps
@@ -86,9 +94,10 @@ class PanelModel:
     # -- choices -------------------------------------------------------------------------------------------------------
 
     def enter_text(self, text: str) -> None:
-        """Set the text of the prompt and parse it; if the prompt changes, the display of the last run is cleared.
+        """Set the text of the prompt, and parse the text.
 
-        A text that cannot be parsed is not refused: its error is in `error`.
+        If the text cannot be parsed, the error is stored in `error` and not raised. If the prompt changes, the display
+        of the last run is cleared.
 
         Raises
         ------
@@ -114,7 +123,9 @@ class PanelModel:
         self.change(self.choices.with_number(name, value))
 
     def choose_method(self, name: str) -> None:
-        """Choose a guidance method by name; options that were entered for this method before are restored.
+        """Choose a guidance method by name, or "plain".
+
+        Options that were entered for this method before are restored.
 
         Raises
         ------
@@ -124,7 +135,10 @@ class PanelModel:
         self.change(self.choices.with_method(name))
 
     def enter_option(self, method: str, option: str, entry: Any) -> None:
-        """Set the entry (content of the input field) of a method's option; it is checked when a run is started."""
+        """Set the entry of a method's option, that is, the content of the option's input field.
+
+        The entry is checked when a run is started.
+        """
         self.change(self.choices.with_entry(method, option, entry))
 
     def restore_defaults(self, method: str) -> None:
@@ -132,10 +146,11 @@ class PanelModel:
         self.change(self.choices.with_defaults(method))
 
     def toggle_word(self, at: int) -> None:
-        """Change the role of a word as a click does: from none to entity, to attribute, and back to none.
+        """Change the role of a word as a click on the word does.
 
-        `at` is the index of the word among the words of the prompt, counted from 0. During a run, nothing changes. See
-        `elakit.widgets.live.words.toggled` for the entity that an attribute then belongs to.
+        A word without a role becomes an entity, an entity becomes an attribute, and an attribute loses its role. `at`
+        is the index of the word in the prompt, counted from 0. During a run, nothing changes.
+        `elakit.widgets.live.words.toggled` explains which entity the new attribute belongs to.
 
         Raises
         ------
@@ -146,7 +161,7 @@ class PanelModel:
             self.change(self.choices.with_word_toggled(at))
 
     def move_boxes(self, boxes: Sequence[Box | None]) -> None:
-        """Set the boxes of all entities; the stage calls this after a box was drawn, moved or removed.
+        """Set the boxes of all entities, after the user has drawn, moved or removed a box on the image.
 
         `boxes` has one item per entity: (left, top, right, bottom) as fractions of the image, or None for an entity
         without a box.
@@ -154,9 +169,9 @@ class PanelModel:
         self.change(self.choices.with_boxes(boxes))
 
     def clear_regions(self, which: int | None = None) -> None:
-        """Remove the region that was given by hand for an entity.
+        """Remove the regions that were given by hand, for one entity or for all entities.
 
-        `which` is the number of the entity, counted from 0; None removes the regions of all entities.
+        `which` is the index of the entity, counted from 0; None stands for all entities.
         """
         if which is None:
             self.change(self.choices.without_regions())
@@ -164,7 +179,10 @@ class PanelModel:
             self.change(self.choices.with_region(which, None))
 
     def change(self, choices: Choices) -> None:
-        """Replace the choices; if their regions differ, a run in progress is steered to the new ones."""
+        """Replace the choices for the next run.
+
+        If the regions given by hand have changed, the new regions are also passed to the run in progress.
+        """
         before, self.choices = self.choices, choices
         if choices is before:
             return
@@ -196,12 +214,15 @@ class PanelModel:
         self.session.start(call, pause_after)
 
     def step(self, steps: int = 1) -> None:
-        """Resume the paused run, or start a new one if none is paused, and pause after a number of steps.
+        """Run a number of denoising steps, then pause.
+
+        A paused run is resumed. If no run is paused, a new run is started.
 
         Raises
         ------
         ElakitError
-            `steps` is not a whole number of at least 1, a run is in progress and not paused, or a choice is invalid.
+            `steps` is not a whole number of at least 1. Also raised if a run is in progress without being paused, or
+            if a new run cannot be started because a choice is invalid.
         """
         steps = whole_number(steps, "steps", 1, owner="step")
         if self.now.state == "paused":
@@ -217,11 +238,11 @@ class PanelModel:
             self.session.pause()
 
     def cancel(self) -> None:
-        """End the run after the current step, or at once if it is paused."""
+        """End the run after the current step; a paused run ends at once."""
         self.session.cancel()
 
     def refuse(self, error: ElakitError) -> None:
-        """Set `error` to that of a refused action, and have the view show it."""
+        """Store the error of a refused action in `error`, so that the panel shows the error."""
         self.error = error
         self.on_choices()
 

@@ -1,4 +1,4 @@
-"""The next run, as its choices determine it: its method and arguments, or the problems that prevent its start."""
+"""Preparation of the next run: its arguments from the user's choices, or the errors that prevent its start."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ _HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 
 
 def problems(choices: Choices) -> dict[str, ElakitError]:
-    """Errors of the inputs that prevent the start of a run, by input; empty if the run can start.
+    """Errors that prevent the start of the next run, by name of the invalid choice.
 
     Parameters
     ----------
     choices : Choices
+        The user's choices.
 
     Returns
     -------
     dict of str to ElakitError
-        Keys are among "prompt", "seed", "steps", "guidance_scale", "options" and "regions", in this order.
+        One error per invalid choice; empty if the run can start. Possible keys are "prompt", "seed", "steps",
+        "guidance_scale", "options" and "regions", in this order.
 
     Examples
     --------
+    The seed is negative, and the method needs a region for the bird, too:
+
     >>> import elakit
     >>> prompt = elakit.parse("a [red car] and a [bird]", elakit.load("picture-world"))
     >>> choices = Choices(seed=-1, steps=4, guidance_scale=3.0).with_prompt(prompt).with_method("boxdiff")
@@ -53,16 +57,17 @@ def problems(choices: Choices) -> dict[str, ElakitError]:
 
 
 def call(choices: Choices) -> dict[str, Any]:
-    """Arguments of `elakit.generate` for the next run, by name, without the pipeline.
+    """Arguments of `elakit.generate` for the next run, by name of the argument. The pipeline is not included.
 
     Parameters
     ----------
     choices : Choices
+        The user's choices.
 
     Raises
     ------
     ElakitError
-        The first of the `problems`.
+        A choice is invalid. If several choices are invalid, the first error of `problems` is raised.
     """
     for problem in problems(choices).values():
         raise problem
@@ -76,11 +81,12 @@ def guidance(choices: Choices) -> Method | None:
     Parameters
     ----------
     choices : Choices
+        The user's choices.
 
     Raises
     ------
     SettingError
-        An option is invalid, or the method needs regions and one is missing.
+        An option is invalid, or an entity has no region although the method needs a region for each entity.
     """
     if choices.method == PLAIN:
         return None
@@ -90,11 +96,14 @@ def guidance(choices: Choices) -> Method | None:
 
 
 def guided_steps(choices: Choices) -> list[int]:
-    """Steps that the method will guide, counted from 0; an empty list if the run is plain or a choice is invalid.
+    """Indices of the steps that the guidance method will guide in the next run, counted from 0.
+
+    The list is empty if the run is plain or a choice is invalid.
 
     Parameters
     ----------
     choices : Choices
+        The user's choices.
     """
     try:
         method = guidance(choices)

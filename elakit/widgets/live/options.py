@@ -1,7 +1,7 @@
 """Form for a guidance method's options, derived from the fields and the docstring of the method's class.
 
-The form has one input field per option. The content of this field is the option's entry: a Python literal as text for
-some kinds of options, the value itself for others.
+The form has one input field per option. The content of an input field is called the entry of the option. For most kinds
+of options, the entry is the value of the option. For the kind "value", the entry is a Python literal as text.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ class Option:
     Attributes
     ----------
     name : str
-        Name of the option, preceded by the part of the method that it belongs to, if any: "anchor.step_size".
+        Name of the option, such as "size". If the option belongs to a part of the method, the name of the part comes
+        first, as in "anchor.step_size".
     kind : {"number", "integer", "switch", "choice", "text", "value"}
-        Kind of input field, by the type of the option: "number" for float, "integer" for int, "switch" for bool,
-        "choice" for a list of allowed values, "text" for str, and "value" for any other type, such as a tuple or a
-        number that may be None. A field for a "value" takes a Python literal as text, and is empty for None.
+        Kind of input field. "number" is for a float, "integer" for an int, "switch" for a bool, and "text" for a str.
+        "choice" is for an option with a list of allowed values. "value" is for any other type, such as a tuple or a
+        number that may be None. A field of the kind "value" takes a Python literal as text, and is empty for None.
     choices : tuple
         Allowed values of an option of the kind "choice"; empty for other kinds.
     default : object
         Default value.
     about : str
-        Description from the method's docstring.
+        Description of the option, from the docstring of the method.
     """
 
     name: str
@@ -52,21 +53,23 @@ class Option:
 
 
 def options(method: type[Any]) -> tuple[Option, ...]:
-    """Options of a method, except its regions, in the order of the dataclass fields.
+    """Options of a guidance method, in the order of its dataclass fields. The option "regions" is left out.
 
     Parameters
     ----------
     method : type
-        One of `elakit.guidance.METHODS`.
+        Class of the method, such as `elakit.guidance.ELA`.
 
     Examples
     --------
+    "anchor.decay" is a float, and "anchor.gradient" has two allowed values:
+
     >>> from elakit.guidance import ELA
     >>> found = {option.name: option for option in options(ELA)}
     >>> found["anchor.decay"].kind, found["anchor.gradient"].choices, "regions" in found
     ('number', ('normalized', 'raw'), False)
     >>> found["anchor.every"].about
-    'Interval of the guided steps: 1 guides each step, n every n-th step.'
+    'Interval of the guided steps...'
     """
     return tuple(
         Option(
@@ -83,13 +86,15 @@ def options(method: type[Any]) -> tuple[Option, ...]:
 
 
 def descriptions(method: type[Any]) -> dict[str, str]:
-    """Descriptions of parameters by name, from the "Parameters" sections of a class and its bases (numpydoc).
+    """Descriptions of the parameters of a method, by name of the parameter.
+
+    The descriptions come from the sections "Parameters" in the docstrings of the method's class and its base classes.
 
     Examples
     --------
     >>> from elakit.guidance import SynGen
     >>> descriptions(SynGen)["size"]
-    'Number of locations along the longer side of the maps that are read; by default 16, or the nearest that ...'
+    'Size of the maps that are read...'
     """
     found: dict[str, str] = {}
     for each in reversed(method.__mro__[:-1]):
@@ -105,12 +110,14 @@ def descriptions(method: type[Any]) -> dict[str, str]:
 
 
 def defaults(method: type[Any]) -> dict[str, Any]:
-    """Entries that show the default values of a method's options in the form, by name of the option.
+    """Contents of the input fields that show the default values of a method's options, by name of the option.
 
-    A field that takes a Python literal shows the default None as "" (see `entry`).
+    An input field of the kind "value" shows the default None as "".
 
     Examples
     --------
+    The default of "anchor.decay" is 0.5, and the default of "localize.lock_from" is None:
+
     >>> from elakit.guidance import ELA
     >>> defaults(ELA)["anchor.decay"], defaults(ELA)["localize.lock_from"]
     (0.5, '')
@@ -119,17 +126,20 @@ def defaults(method: type[Any]) -> dict[str, Any]:
 
 
 def entry(method: type[Any], option: Option, value: Any) -> Any:
-    """Entry of the form that shows a value of an option.
+    """Content of the input field that shows a value of an option.
 
-    For an option of the kind "value" it is the value as a Python literal, or "" for None; otherwise the value itself.
+    For an option of the kind "value", the content is a text: the value as a Python literal, or "" for None. For any
+    other option, the content is the value itself.
 
     Raises
     ------
     SettingError
-        The form cannot show the value, since it is not of the option's kind.
+        The value does not have the type of the option, so that the input field cannot show the value.
 
     Examples
     --------
+    The option "refine" takes tuples, and so is of the kind "value":
+
     >>> from elakit.guidance import AttendAndExcite
     >>> refine = next(option for option in options(AttendAndExcite) if option.name == "refine")
     >>> entry(AttendAndExcite, refine, ((0.0, 0.05, 20),))
@@ -152,28 +162,31 @@ def entry(method: type[Any], option: Option, value: Any) -> Any:
 
 
 def values(method: type[Any], entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a method's options, by name, from the entries of a form.
+    """Values of a method's options, by name of the option, from the contents of the input fields.
 
-    The entry of an option of the kind "value" is a text. "" becomes None, and a Python literal becomes its value. Any
-    other text, such as "up" for the layers, is kept as it is, unless the option's default is a number or a tuple. The
-    entries of options of other kinds are the values themselves.
+    An input field of the kind "value" contains text. An empty text becomes None, and a Python literal becomes its
+    value. Any other text stays text, such as "up" for the layers. If the default of the option is a number or a tuple,
+    however, such text is an error. An input field of any other kind contains the value itself.
 
     Parameters
     ----------
     method : type
+        Class of the method.
     entries : mapping of str to object
-        Entry of each option by name, as `defaults` and `entry` return them or as the user entered them.
+        Content of each input field, by name of the option.
 
     Raises
     ------
     SettingError
-        The entry of an option of the kind "value" is neither "" nor a Python literal, and the option's default is a
-        number or a tuple.
+        The text for an option whose default is a number or a tuple is not a Python literal.
 
     Examples
     --------
+    The text that was entered for the option "refine" becomes a tuple:
+
     >>> from elakit.guidance import AttendAndExcite
-    >>> values(AttendAndExcite, defaults(AttendAndExcite) | {"refine": "((0.0, 0.1, 3),)", "size": ""})["refine"]
+    >>> entries = defaults(AttendAndExcite) | {"refine": "((0.0, 0.1, 3),)"}
+    >>> values(AttendAndExcite, entries)["refine"]
     ((0.0, 0.1, 3),)
     """
     return {option.name: _read(method, option, entries[option.name]) for option in options(method)}

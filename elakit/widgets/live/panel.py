@@ -72,26 +72,33 @@ class Panel:
 
     @property
     def runs(self) -> list[Run]:
-        """All runs in the order in which they ended; canceled and failed ones are included if a step was completed."""
+        """All runs in the order in which they ended.
+
+        A canceled or failed run is included if at least one step was completed.
+        """
         return self._model.runs
 
     @property
     def error(self) -> Exception | None:
-        """Error that the panel shows: of an invalid prompt, a refused action or a failed run; None if there is none."""
+        """Error that the panel shows; None if the panel shows no error.
+
+        The error comes from an invalid prompt, a refused action or a failed run.
+        """
         return self._model.error
 
     @property
     def view(self) -> Any:
-        """The widget (an ``ipywidgets.VBox``)."""
+        """Widget that displays the whole panel, an ``ipywidgets.VBox``."""
         return self._view.root
 
     # -- settings --------------------------------------------------------------------------------------------------
 
     @property
     def prompt(self) -> Prompt | None:
-        """Parsed prompt; None before one is entered, and if the text cannot be parsed. Assign a text or a `Prompt`.
+        """Parsed prompt of the next run; None if no prompt was entered, or if the text cannot be parsed.
 
-        An assigned text that cannot be parsed raises no error; see `error`.
+        A text or a `Prompt` can be assigned. If an assigned text cannot be parsed, the error is stored in `error` and
+        not raised.
         """
         return self._model.choices.prompt
 
@@ -104,7 +111,7 @@ class Panel:
 
     @property
     def seed(self) -> int:
-        """Seed of the noise that the run starts from."""
+        """Seed of the noise that the next run starts from. Assign a number to change the seed."""
         return int(self._model.choices.seed)
 
     @seed.setter
@@ -113,7 +120,7 @@ class Panel:
 
     @property
     def steps(self) -> int:
-        """Number of denoising steps."""
+        """Number of denoising steps of the next run. Assign a number to change this number."""
         return int(self._model.choices.steps)
 
     @steps.setter
@@ -122,7 +129,7 @@ class Panel:
 
     @property
     def guidance_scale(self) -> float:
-        """Classifier-free guidance scale."""
+        """Classifier-free guidance scale of the next run. Assign a number to change the scale."""
         return float(self._model.choices.guidance_scale)
 
     @guidance_scale.setter
@@ -131,7 +138,10 @@ class Panel:
 
     @property
     def method(self) -> str:
-        """Name of the guidance method: "plain" or a key of `elakit.guidance.METHODS`."""
+        """Name of the next run's guidance method: "plain" or a key of `elakit.guidance.METHODS`.
+
+        Assign a name to change the method.
+        """
         return self._model.choices.method
 
     @method.setter
@@ -140,9 +150,10 @@ class Panel:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the guidance method by name, except its regions, which `draw` sets.
+        """Values of the guidance method's options, by name of the option.
 
-        Assign a mapping to change the options that it names; the others keep their values.
+        Assign a mapping to change some options; the options that the mapping does not name keep their values. Regions
+        are not among the options: `draw` sets the regions.
         """
         return self._model.choices.options()
 
@@ -157,7 +168,7 @@ class Panel:
         Raises
         ------
         SettingError
-            An option is invalid, or the method needs regions and one is missing.
+            An option is invalid, or an entity has no region although the method needs a region for each entity.
         """
         return next_run.guidance(self._model.choices)
 
@@ -172,19 +183,19 @@ class Panel:
         return {label: region for label, region in self._model.choices.regions().items() if region is not None}
 
     def draw(self, entity: str | int | Entity, region: Region | None) -> None:
-        """Set the region of an entity, before a run or during one.
+        """Set or remove the region of an entity, before or during a run.
 
-        During a run, a method that can be steered, such as "ela" or "regional-attention", uses it from the next guided
-        step on; any other method that takes regions uses it from the next run on.
+        The next run uses the new region if its method takes regions. A run in progress uses the new region, from the
+        next guided step on, if its method can be steered, such as "ela" or "regional-attention".
 
         Parameters
         ----------
         entity : str, int or Entity
-            Label of the entity ("car", "car#2"), its number among the entities of the prompt, counted from 0, or the
-            entity itself.
+            Label of the entity, such as "car" or "car#2"; or the index of the entity in the prompt, counted from 0; or
+            the `Entity` itself.
         region : (left, top, right, bottom), ndarray bool (y, x), or None
-            Box as fractions of the image, or mask of any resolution. None removes the region: the method localizes the
-            entity itself, or cannot start if it needs a region for each entity.
+            Box as fractions of the image, or mask of any resolution. None removes the region. The method then localizes
+            the entity, or cannot start if the method needs a region for each entity.
 
         Raises
         ------
@@ -209,10 +220,10 @@ class Panel:
 
     @property
     def run(self) -> Run | None:
-        """The last run after its end, complete or partial.
+        """The last run, complete or partial, once it has ended.
 
-        None before the first run, while a run is in progress (running or paused), and after a failed run if no step was
-        completed or the image cannot be decoded.
+        None before the first run, and while a run is in progress. Also None after a failed run in which no step was
+        completed or whose image cannot be decoded.
         """
         return self._session.run
 
@@ -227,7 +238,9 @@ class Panel:
         self._model.start()
 
     def step(self, steps: int = 1) -> None:
-        """Resume the paused run, or start a new one if none is paused, and pause after a number of steps.
+        """Run a number of denoising steps, then pause.
+
+        A paused run is resumed. If no run is paused, a new run is started.
 
         Parameters
         ----------
@@ -237,8 +250,8 @@ class Panel:
         Raises
         ------
         ElakitError
-            `steps` is not a whole number of at least 1, a run is in progress and not paused, or a new run cannot be
-            started (see `start`).
+            `steps` is not a whole number of at least 1. Also raised if a run is in progress without being paused, or
+            if a new run cannot be started because the prompt or a setting is invalid.
         """
         self._model.step(steps)
 
@@ -251,7 +264,7 @@ class Panel:
         self._session.resume()
 
     def cancel(self) -> None:
-        """End the run after the current step, or at once if it is paused; `run` and `runs` keep the partial run."""
+        """End the run after the current step; a paused run ends at once. `run` and `runs` keep the partial run."""
         self._session.cancel()
 
     def wait(self, timeout: float | None = None) -> Run | None:
@@ -267,13 +280,13 @@ class Panel:
         Returns
         -------
         Run or None
-            The run that has ended, partial if it was canceled; None if the run is paused or still in progress, or if
-            there was none.
+            The run that has ended; a canceled run is partial. None if the run is paused, if the run did not end within
+            `timeout`, or if no run was started.
 
         Raises
         ------
         Exception
-            The error that ended the run. The partial run, if there is one, is in `run`.
+            The run failed. The exception is the error that ended the run; `run` has the partial run, if any.
         """
         if self._session.wait(timeout) == "failed":
             assert self._session.error is not None
@@ -314,17 +327,18 @@ def live(
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
+        Pipeline that generates the images.
     prompt : str or Prompt, optional
-        Initial prompt; by default the user enters one. The panel shows the error of a text that cannot be parsed.
+        Initial prompt; by default the user enters the prompt. If a text cannot be parsed, the panel shows the error.
     seed : int
         Initial value of the seed from which the noise is sampled.
     steps : int, optional
-        Initial number of denoising steps; by default the model's.
+        Initial number of denoising steps; by default that of the model.
     guidance_scale : float, optional
-        Initial classifier-free guidance scale; by default the model's.
+        Initial classifier-free guidance scale; by default that of the model.
     guidance : Method or None
-        Initial guidance method with its options, by default ELA; None for plain runs. Its regions are assigned to the
-        entities of `prompt`, and are ignored if there is no prompt.
+        Initial guidance method with its options, by default ELA; None for plain runs. The regions of the method are
+        assigned to the entities of `prompt`. Without a prompt, the regions are ignored.
 
     Returns
     -------
@@ -339,17 +353,25 @@ def live(
 
     Examples
     --------
+    The car has the left half of the image in the first two of four steps. The method finds the region of the bird:
+
     >>> import elakit
     >>> pipe, method = elakit.load("picture-world"), elakit.RegionalAttention(start=0)
     >>> panel = elakit.live(pipe, "a [red car] and a [bird]", steps=4, guidance=method)
-    >>> panel.draw("car", (0, 0, 0.5, 1))  # the method chooses the region of the bird
+    >>> panel.draw("car", (0, 0, 0.5, 1))
     >>> panel.step(2)
-    >>> panel.wait()  # paused
+    >>> panel.wait()
+
+    Then the car gets the right half:
+
     >>> panel.draw("car", (0.5, 0, 1, 1))
     >>> panel.resume()
     >>> run = panel.wait()
-    >>> regions = run.guidance.regions.values  # (step, entity, y, x)
-    >>> bool(regions[0, 0, 0, 0]), bool(regions[-1, 0, 0, 0])  # is the upper left corner the car's: first, last step
+
+    The upper left corner is in the region of the car at the first step, but not at the last step:
+
+    >>> first, last = run.guidance.regions.sel(entity="car").values[[0, -1]]
+    >>> bool(first[0, 0]), bool(last[0, 0])
     (True, False)
     """
     return Panel(pipe, prompt, seed=seed, steps=steps, guidance_scale=guidance_scale, guidance=guidance)

@@ -14,33 +14,40 @@ State: TypeAlias = Literal["idle", "running", "paused", "done", "canceled", "fai
 class RunState:
     """State of the current or the last run.
 
-    The functions from `start` on are transitions. Each returns the next state, or the same object if the transition is
-    not possible in the present state.
+    A `RunState` object never changes. Methods such as `pause` and `resume` return the next state. If the action is not
+    possible in the present state, they return the same object.
 
     Attributes
     ----------
     state : {"idle", "running", "paused", "done", "canceled", "failed"}
-        "idle" before the first run; "running" or "paused" while a run is in progress; then the way in which it ended.
+        "idle" before the first run; "running" or "paused" while a run is in progress; "done", "canceled" or "failed"
+        after the end of a run.
     made : int
         Number of completed steps.
     left : int or None
-        Number of steps that are still to be completed before the run pauses; each completed step lowers it by 1. With
-        0, which `pause` sets, the run pauses as soon as the current step is completed. None if no pause is planned.
+        Number of steps after which the run pauses; each completed step lowers this number by 1. With 0, the run pauses
+        after the current step. None if no pause is planned.
     canceling : bool
-        True if the user has canceled the run, which then ends after the current step.
+        True if the user has canceled the run. The run then ends after the current step.
     run : Run or None
-        The run that has ended, complete or partial; None before its end, and after a failure that left no partial run.
+        The run, complete or partial, once it has ended. None before the end, and after a failure that left no partial
+        run.
     error : Exception or None
-        The error that ended the run; None if it did not fail.
+        The error that ended the run; None if the run did not fail.
     no_preview : Exception or None
-        The error because of which this run shows no more previews; None if there was none.
+        The error of a failed preview, after which the run has no more previews; None if no preview failed.
 
     Examples
     --------
+    A run is to pause after two steps, so that a pause is due when these steps are completed:
+
     >>> now = RunState().start(pause_after=2)
     >>> now = now.step_made(0).step_made(1)
     >>> now.pause_due, now.enter_pause().state
     (True, 'paused')
+
+    The paused run is resumed for one more step:
+
     >>> now.enter_pause().resume(1).left
     1
     """
@@ -60,12 +67,12 @@ class RunState:
 
     @property
     def over(self) -> bool:
-        """True if the last run has ended and none is in progress."""
+        """True if the last run has ended and no new run has started."""
         return self.state in ("done", "canceled", "failed")
 
     @property
     def pause_due(self) -> bool:
-        """True if the run, which is still running, is to pause before its next step."""
+        """True if the run is not yet paused, but is to pause before its next step."""
         return self.state == "running" and self.left == 0 and not self.canceling
 
     def start(self, pause_after: int | None = None) -> RunState:
@@ -73,7 +80,7 @@ class RunState:
         return RunState(state="running", left=pause_after)
 
     def step_made(self, step: int) -> RunState:
-        """Count a completed step; `step` is its number, counted from 0."""
+        """Count a completed step; `step` is the index of this step, counted from 0."""
         return replace(self, made=step + 1, left=self.left - 1 if self.left else self.left)
 
     def pause(self) -> RunState:
@@ -81,7 +88,7 @@ class RunState:
         return replace(self, left=0) if self.state == "running" else self
 
     def enter_pause(self) -> RunState:
-        """Pause the run, unless it was canceled or resumed in the meantime."""
+        """Pause the run if `pause_due` is True; otherwise nothing changes."""
         return replace(self, state="paused") if self.pause_due else self
 
     def resume(self, steps: int | None = None) -> RunState:
@@ -93,9 +100,13 @@ class RunState:
         return replace(self, state="running", canceling=True) if self.going else self
 
     def end(self, state: State, run: Run | None, error: Exception | None = None) -> RunState:
-        """End the run in the state "done", "canceled" or "failed"."""
+        """End the run in the state "done", "canceled" or "failed".
+
+        `run` is the complete or partial run, or None if a failed run left no partial run. `error` is the error that
+        ended a failed run.
+        """
         return replace(self, state=state, run=run, error=error)
 
     def preview_failed(self, error: Exception) -> RunState:
-        """Stop the previews of this run after an error."""
+        """Record the error of a preview; the run then has no more previews."""
         return replace(self, no_preview=error)

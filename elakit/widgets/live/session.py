@@ -1,4 +1,7 @@
-"""A session generates runs in a background thread, one at a time. They can be paused, stepped, steered and canceled."""
+"""Sessions, which generate runs in a background thread, one at a time.
+
+A run in progress can be paused, resumed for a number of steps, steered and canceled.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,15 @@ class Session:
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
+        Pipeline that generates the images.
     on_state : callable, optional
-        Called without arguments when a run starts, pauses, resumes or ends, in the thread in which this happens.
+        Called without arguments when a run starts, pauses, resumes or ends. Pauses and ends are reported in the run's
+        thread, starts and resumptions in the thread that requested them.
     on_preview : callable, optional
-        Called in the run's thread with the partial `Run`, the number of its last completed step, counted from 0, and
-        the number of all steps. It is called before each pause and after the last step. It is called after another step
-        only if the last call was at least 0.1 seconds ago and previews take at most a quarter of the run's time. After
-        an error in a preview, it is not called again in this run.
+        Called in the run's thread to show the partial run after a step. The arguments are the partial `Run`, the index
+        of its last completed step, counted from 0, and the number of all steps. The last step and each step before a
+        pause have a preview. Any other step has a preview only if the previous preview was at least 0.1 seconds ago and
+        previews take at most a quarter of the run's time. After an error in a preview, the run has no more previews.
 
     Attributes
     ----------
@@ -45,13 +50,16 @@ class Session:
 
     Examples
     --------
+    A run of three steps pauses after the first step, and is canceled. `wait` returns the state of the run, and `made`
+    is the number of completed steps:
+
     >>> import elakit
     >>> session = Session(elakit.load("picture-world"))
     >>> session.start({"prompt": "a [cat]", "steps": 3}, pause_after=1)
     >>> session.wait(), session.made
     ('paused', 1)
     >>> session.cancel()
-    >>> session.wait(), session.run.settings["stopped"]  # "stopped" is the number of completed steps
+    >>> session.wait(), session.run.settings["stopped"]  # "stopped" is also the number of completed steps
     ('canceled', 1)
     """
 
@@ -74,7 +82,7 @@ class Session:
     def state(self) -> State:
         """State of the current or the last run: "running", "paused", "done", "canceled" or "failed".
 
-        It is "idle" before the first run.
+        Before the first run, the state is "idle".
         """
         return self.now.state
 
@@ -85,16 +93,16 @@ class Session:
 
     @property
     def run(self) -> Run | None:
-        """The last run after its end, complete or partial.
+        """The last run, complete or partial.
 
-        None before the first run, while a run is in progress (running or paused), and after a failed run if no step was
-        completed or the image cannot be decoded.
+        None before the first run, and while a run is in progress. None also after a failure that left no partial run:
+        no step was completed, or the image cannot be decoded.
         """
         return self.now.run
 
     @property
     def error(self) -> Exception | None:
-        """The error that ended the last run; None if it did not fail or a run is in progress."""
+        """The error that ended the last run; None if the last run did not fail, or while a run is in progress."""
         return self.now.error
 
     def start(self, call: dict[str, Any], pause_after: int | None = None) -> None:
@@ -105,7 +113,7 @@ class Session:
         call : dict
             Arguments of `elakit.generate` by name, without the pipeline.
         pause_after : int, optional
-            Number of steps after which the run pauses.
+            Number of steps after which the run pauses. By default the run does not pause by itself.
 
         Raises
         ------
@@ -128,9 +136,9 @@ class Session:
         self._apply(RunState.pause)
 
     def resume(self, steps: int | None = None) -> None:
-        """Resume a paused run, to its end or, if `steps` is given, for this number of steps.
+        """Resume a paused run; no effect when no run is paused.
 
-        It has no effect when the run is not paused.
+        The run pauses again after `steps` further steps. If `steps` is None, the run continues to its end.
         """
         if self._apply(lambda now: now.resume(steps)):
             self.on_state()
@@ -140,11 +148,11 @@ class Session:
         self._apply(RunState.cancel)
 
     def steer(self, layout: Layout | None) -> None:
-        """Replace the regions given by hand in the run in progress, from its next guided step on.
+        """Give the run in progress other regions, which its method uses from the next guided step on.
 
-        `layout` has one region per entity, with None for each entity whose region the method is to localize. None
-        instead of a whole layout localizes all entities (see `Anchors.steer`). The layout has no effect on a run whose
-        method cannot be steered, nor on later runs.
+        `layout` has one item per entity: a region, or None if the method is to localize the region. If `layout` itself
+        is None, the method localizes all regions (see `Anchors.steer`). The call has no effect if the method cannot be
+        steered, nor on later runs.
         """
         with self._changed:
             self._layout, self._steered = layout, True
@@ -162,7 +170,10 @@ class Session:
         return self.state
 
     def _apply(self, transition: Callable[[RunState], RunState]) -> bool:
-        """Apply a transition to `now`; True if the transition was possible, which makes `now` a new object."""
+        """Replace the state `now` by the state that a transition returns; True if the transition was possible.
+
+        A transition is a method of `RunState`. If it is not possible, it returns the same object.
+        """
         with self._changed:
             before, self.now = self.now, transition(self.now)
             if self.now.state == "running":
@@ -208,8 +219,8 @@ class Session:
     def _preview(self, progress: Progress, steps: int, *, always: bool) -> None:
         """Call `on_preview` with the partial run after a step, unless previews take too much of the run's time.
 
-        `progress` is the state of the run after the step, and `steps` is the number of all steps. If `always` is True,
-        the time does not matter. After an error in a preview, `on_preview` is not called again in this run.
+        If `always` is True, `on_preview` is called however much time the previews take. `progress` gives the partial
+        run, and `steps` is the number of all steps. After an error in a preview, this run has no further previews.
         """
         began = time.monotonic()
         ready, rest = self._pace
@@ -224,7 +235,7 @@ class Session:
         self._pace = now, max(1 / PREVIEWS_PER_SECOND, (now - began) * (1 / PREVIEW_SHARE - 1))
 
     def _partial_run(self) -> Run | None:
-        """The failed run with its completed steps; None if no step was completed, or the image cannot be decoded."""
+        """A failed run with its completed steps; None if no step was completed, or if the image cannot be decoded."""
         if self._progress is None:
             return None
         try:

@@ -18,7 +18,10 @@ SIDE, MARGIN, SCALE = 240, 14, 2
 
 
 def png(run: Run | None, names: Sequence[str], regions: Sequence[Region | None]) -> tuple[bytes, int]:
-    """Static image of the middle step of a run with its attention or, without a run, of the regions given by hand.
+    """Static image of the panel as PNG.
+
+    If there is a run, the PNG shows the run's image, and the attention of the entities at the middle step. Without a
+    run, the PNG shows the regions given by hand.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""The panel's widgets: they show a `PanelModel` and pass the user's actions on to it; they hold no state of their own.
+"""The panel's widgets, which show a `PanelModel` and pass the user's actions on to the model.
 
-Changes go in one direction: an event calls an action of the model, the model calls `show` or `show_run`, and these
-functions set the widgets. Changes of widgets by `show` and `show_run` are not treated as events.
+All state is in the model. An event calls an action of the model, the model calls `show` or `show_run`, and `show` or
+`show_run` sets the widgets. When `show` or `show_run` changes a widget, this does not count as an event.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class PanelView:
     Parameters
     ----------
     model : PanelModel
+        State of the panel, and the actions of its user.
     size : (width, height)
         Size, in pixels, of the images that the pipeline generates.
 
@@ -114,7 +115,11 @@ class PanelView:
         field.observe(lambda change: act(change["new"]), "value")
 
     def _event(self, action: Callable[..., None]) -> Callable[..., None]:
-        """Event handler that calls an action of the model and shows its error; the view's own changes are ignored."""
+        """Event handler that calls `action`, an action of the model.
+
+        If the action raises an `ElakitError`, the panel shows the error. The handler does nothing if the view itself
+        changed the widget.
+        """
 
         def act(*values: Any) -> None:
             if self._showing == get_ident():
@@ -129,7 +134,10 @@ class PanelView:
     # -- display -------------------------------------------------------------------------------------------------------
 
     def show(self) -> None:
-        """Show the whole model; called after a change of the choices, in the thread that made it."""
+        """Show the whole model.
+
+        The model calls this function when the choices for the next run change, in the thread that changes them.
+        """
         choices = self._model.choices
         with self._writing():
             self.text.value, self.method.value = choices.text, choices.method
@@ -142,7 +150,10 @@ class PanelView:
             self.show_run()
 
     def show_run(self) -> None:
-        """Show the run and the error; called in any thread. Fields that the user may be editing keep their values."""
+        """Show the run and the error, but do not change fields that the user may be editing.
+
+        The model may call this function in any thread.
+        """
         with self.stage.lock:
             model, now = self._model, self._model.now
             paused, readable = now.state == "paused", model.choices.prompt is not None
@@ -185,7 +196,7 @@ class PanelView:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Do not treat changes of widgets inside the block as events."""
+        """Context manager for a block in which the view changes widgets: these changes do not count as events."""
         with self.stage.lock:
             before, self._showing = self._showing, get_ident()
             try:

@@ -44,7 +44,7 @@ class Words(anywidget.AnyWidget):
         self.on_msg(lambda _widget, message, _buffers: on_click(int(message["click"])))
 
     def show(self, words: Sequence[dict[str, Any]]) -> None:
-        """Show the words of a prompt, each as `elakit.widgets.live.words.chips` describes it."""
+        """Show the words of a prompt, given as the dicts that `elakit.widgets.live.words.chips` returns."""
         self._words = list(words)
 
     def lock(self, locked: bool) -> None:
@@ -58,18 +58,21 @@ class Stage(anywidget.AnyWidget):
     Parameters
     ----------
     size : (width, height)
-        Size in pixels of the images to come, for the empty stage.
+        Size, in pixels, of the images that the pipeline generates. It sets the shape of the stage before the first
+        image.
     on_boxes : callable
-        Called with all `boxes` when one is drawn, moved or removed, in the browser or from Python.
+        Called with all `boxes` when a box is drawn, moved or removed, in the browser or from Python.
     on_clear : callable
-        Called when the user removes regions: with the index of the entity, or None for all entities.
+        Called when the user removes regions. The argument is the index of the entity that loses its region, or None
+        if all entities lose theirs.
 
     Attributes
     ----------
     lock : RLock
-        Held while changes from the browser are applied. The run's thread must hold it while it changes widgets.
+        The stage holds the lock while changes from the browser are applied. The run's thread must hold the lock while
+        changing widgets.
     boxes : list of (left, top, right, bottom) or None
-        One box per entity, as fractions of the image; None for an entity without a box.
+        One box per entity, with sides as fractions of the image; None for an entity without a box.
     entity : int
         Index of the entity whose region the user draws next.
     token : str
@@ -102,30 +105,33 @@ class Stage(anywidget.AnyWidget):
         self.on_msg(lambda _widget, message, _buffers: on_clear(message["clear"]))
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
-        """Apply state sent by the browser."""
+        """Apply changes from the browser: `sync_data` maps names of the widget's traits to new values."""
         with self.lock:
             super().set_state(sync_data)
 
     def show(self, frame: Frame | None) -> None:
-        """Show the frame of a run; None clears the stage."""
+        """Show a frame, that is, the data of a run after one step; None clears the stage."""
         with self.lock:
             self._frame = {} if frame is None else {"about": frame.about, "maps": frame.maps}
 
     def guide(self, guidance: dict[str, Any]) -> None:
-        """Show the guided steps and the use of regions, as `elakit.widgets.live.wording.guidance` describes them."""
+        """Show the steps that the chosen method guides, and a hint on the use of regions.
+
+        `guidance` is the dict that `elakit.widgets.live.wording.guidance` returns.
+        """
         with self.lock:
             self._guidance = guidance
 
     def name(self, entities: Sequence[tuple[str, str]], regions: Sequence[Box | np.ndarray | None]) -> None:
-        """Set the names of the entities and their colors, and show their regions.
+        """Show the entities: their labels, their colors, and the regions given by hand.
 
         Parameters
         ----------
         entities : sequence of (str, str)
-            Label and color of each entity, the color as in "#E69F00".
+            Label and color of each entity, such as ("car", "#E69F00").
         regions : sequence of region or None
-            Region given by hand for each entity: a box (left, top, right, bottom) as fractions of the image, or a
-            boolean mask (y, x). None for an entity without a region.
+            One item per entity. It is a box (left, top, right, bottom) as fractions of the image, a boolean mask
+            (y, x), or None for an entity without a region given by hand.
         """
         with self.lock:
             if len(entities) != len(self._entities):
@@ -153,8 +159,8 @@ class Stage(anywidget.AnyWidget):
 def _outlined(mask: np.ndarray) -> dict[str, Any]:
     """Reduce a mask to at most 32 rows and 32 columns for the browser, which draws the outline of the mask.
 
-    The keys of the result are "rows" and "columns", the numbers of rows and columns, and ``"cells"``, a list of the
-    mask's values, 0 or 1, row by row.
+    The result is a dict. "rows" and "columns" are the numbers of rows and columns of the reduced mask. ``"cells"``
+    lists the values of the reduced mask, 0 or 1, row by row.
     """
     size = (min(MASK_SIDE, mask.shape[0]), min(MASK_SIDE, mask.shape[1]))
     cells = downscale(mask[None], size)[0]

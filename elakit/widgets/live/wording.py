@@ -35,7 +35,9 @@ def status(now: RunState) -> str:
 
 
 def message(error: Exception | None) -> str:
-    """Text of an error, preceded by the error's type unless it is an `ElakitError`; "" if there is no error.
+    """Text of an error as the panel shows it; "" if there is no error.
+
+    The text begins with the name of the error's class, except for an `ElakitError`.
 
     Examples
     --------
@@ -47,20 +49,22 @@ def message(error: Exception | None) -> str:
 
 
 def guidance(choices: Choices, now: RunState) -> dict[str, Any]:
-    """Description of the chosen method for `Stage.guide`.
+    """Data on the chosen guidance method that the widget `Stage` shows, as a dict for `Stage.guide`.
 
     Parameters
     ----------
     choices : Choices
+        The user's choices, among them the method and the number of steps.
     now : RunState
+        State of the current or the last run.
 
     Returns
     -------
     dict
         "takes" is True if the method can use regions given by hand. "needs" is True if the method needs a region given
-        by hand for each entity. "note" is a hint on the use of regions, as `note` returns it. "quiet" is a text to show
-        while there is no loss. "guided" lists the steps that the method guides, counted from 0, and "steps" is the
-        number of all steps. "state" is the state of the run, as in `RunState`.
+        by hand for each entity. "note" is a hint on the use of regions, as `note` returns it. "quiet" is the text that
+        the widget shows as long as the run has no loss. "guided" lists the steps that the method guides,
+        counted from 0. "steps" is the number of all steps. "state" is the name of the run's state, such as "running".
 
     Examples
     --------
@@ -81,12 +85,14 @@ def guidance(choices: Choices, now: RunState) -> dict[str, Any]:
 
 
 def note(choices: Choices, now: RunState, guided: list[int]) -> str:
-    """Hint on the use of regions by the chosen method in the present state of the run; "" if none is needed.
+    """Hint on how the chosen method uses regions given by hand; "" if no hint is needed.
 
     Parameters
     ----------
     choices : Choices
+        The user's choices, among them the method.
     now : RunState
+        State of the current or the last run.
     guided : list of int
         Steps that the method guides, counted from 0, as `elakit.widgets.live.next_run.guided_steps` returns them.
     """

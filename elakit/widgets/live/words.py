@@ -14,9 +14,10 @@ Marks = Mapping[int, Sequence[int]]
 
 
 def marks_of(prompt: Prompt) -> dict[int, tuple[int, ...]]:
-    """Marks of a prompt: the index of each entity's noun, mapped to the indices of the entity's attributes.
+    """Marks of a prompt: a dict with one item per entity.
 
-    Indices are those of the words of the prompt, counted from 0.
+    The key is the word index of the entity's noun, and the value holds the word indices of the entity's attributes.
+    The words of the prompt are counted from 0.
 
     Examples
     --------
@@ -32,9 +33,10 @@ def marks_of(prompt: Prompt) -> dict[int, tuple[int, ...]]:
 
 
 def toggled(prompt: Prompt, at: int) -> Prompt:
-    """The prompt after a click on a word, which changes the word's role from none to entity, to attribute, to none.
+    """Copy of a prompt after a click on a word, by which the word changes its role.
 
-    An attribute belongs to the next entity after it, or to the last entity before it if none follows. When an entity
+    A word without a role becomes an entity, an entity becomes an attribute, and an attribute loses its role. An
+    attribute belongs to the next entity after it or, if there is none, to the last entity before it. When an entity
     becomes an attribute, its own attributes pass to other entities by the same rule. The only entity of a prompt cannot
     be changed.
 
@@ -72,14 +74,14 @@ def toggled(prompt: Prompt, at: int) -> Prompt:
 
 
 def marked(prompt: Prompt, marks: Marks) -> Prompt:
-    """Copy of a prompt whose entities and attributes are the marked words.
+    """Copy of a prompt with other entities and attributes, which `marks` defines.
 
     Parameters
     ----------
     prompt : Prompt
     marks : mapping of int to sequence of int
-        For each entity, the index of its noun, mapped to the indices of its attributes in any order, as `marks_of`
-        returns them.
+        One item per entity, as `marks_of` returns them. The key is the word index of the entity's noun, and the value
+        holds the word indices of the entity's attributes in any order. Words are counted from 0.
 
     Raises
     ------
@@ -96,9 +98,9 @@ def marked(prompt: Prompt, marks: Marks) -> Prompt:
 def chips(prompt: Prompt) -> list[dict[str, object]]:
     """All words of a prompt, in order, as dicts for the widget `Words`.
 
-    The keys of each are "text", the word as written; "gap", True if a space precedes it; "role", which is "entity",
-    "attribute" or ""; "owner", the label of the entity to which the word belongs, or ""; "color", that of this entity,
-    or None; and "clickable", True if the word has a letter or digit and at least one token.
+    Each dict has six keys. "text" is the word as written. "gap" is True if a space precedes the word. "role" is
+    "entity", "attribute" or "". "owner" is the label of the entity to which the word belongs, or "". "color" is the
+    color of this entity, or None. "clickable" is True if the word has a letter or digit and at least one token.
 
     Examples
     --------
@@ -131,7 +133,10 @@ def chips(prompt: Prompt) -> list[dict[str, object]]:
 
 
 def _owner(marks: Marks, word: int) -> int | None:
-    """Index of the noun to which an attribute belongs: the next one, or the last one before it; None if none."""
+    """Word index of the noun to which the attribute `word` belongs; None if `marks` has no noun.
+
+    The attribute belongs to the next noun after it or, if there is none, to the last noun before it.
+    """
     after = [noun for noun in marks if noun > word]
     return min(after) if after else max(marks, default=None)
 

@@ -8,5 +8,8 @@ SHARED = Path(__file__).parent
 
 
 def source(*paths: Path) -> str:
-    """Text of several files, concatenated, because the JavaScript module of a widget cannot import other files."""
+    """Concatenated text of several files.
+
+    A widget needs all its JavaScript in one text, because its JavaScript module cannot import other files.
+    """
     return "".join(path.read_text(encoding="utf-8") for path in paths)

@@ -10,5 +10,6 @@ from elakit.errors import SettingError
 class RefusedError(SettingError, t.TraitError):
     """Error for an invalid value of a widget's trait.
 
-    As a `TraitError`, it makes traitlets restore the former values of all traits that were being set together.
+    The error is also a `TraitError`. Therefore, if several traits are set together and one value is invalid, traitlets
+    restores the former values of all these traits.
     """

@@ -26,8 +26,8 @@ NEW_CHANNELS = 3.0  # factor on the initial strength of the latent channels that
 def build(config: Config) -> Any:
     """Untrained autoencoder with the architecture of a configuration.
 
-    ``AutoencoderTiny`` has no group norm. A group norm would discard the overall color of an image in narrow layers,
-    and would make crops differ from whole images.
+    The class is ``AutoencoderTiny``, which has no group norm. In narrow layers, a group norm would discard the overall
+    color of an image. A group norm would also encode a crop differently from the same part of the whole image.
     """
     settings = config.vae
     widths = (settings.width,) * len(settings.encoder_blocks)
@@ -41,18 +41,22 @@ def build(config: Config) -> Any:
 
 
 def grow(model: Any, old: Any) -> None:
-    """Copy the weights of an autoencoder to a larger one of the same width; new parts have little effect at first.
+    """Copy the weights of a trained autoencoder to a larger autoencoder of the same width.
 
-    New latent channels are appended to the old ones, and the decoder ignores them at first. New residual blocks follow
-    the old ones of the same resolution and are the identity at first. The random weights with which the encoder
-    computes a new latent channel are multiplied by the factor `NEW_CHANNELS`. The new channel is then about as strong
-    as the trained ones; if it were weaker, it would be lost in the noise on the latents.
+    New latent channels follow the old channels, and the decoder ignores the new channels at first. New residual blocks
+    follow the old blocks of the same resolution. At first, a new residual block is the identity.
+
+    The encoder computes new latent channels with random weights, which are multiplied by the factor `NEW_CHANNELS`. The
+    new channels are then about as strong as the old channels. Weaker channels would be lost in the noise on the
+    latents.
 
     Parameters
     ----------
-    model, old : AutoencoderTiny
-        `model` is the new autoencoder, which is changed in place. It has at least as many blocks at each resolution and
-        as many latent channels as `old`.
+    model : AutoencoderTiny
+        Larger autoencoder, which is changed in place. It has at least as many latent channels as `old`, and at least as
+        many residual blocks at each resolution.
+    old : AutoencoderTiny
+        Trained autoencoder.
     """
     for new_half, old_half in ((model.encoder, old.encoder), (model.decoder, old.decoder)):
         for new_run, old_run in zip(_runs(new_half.layers), _runs(old_half.layers), strict=True):
@@ -68,11 +72,11 @@ def grow(model: Any, old: Any) -> None:
 
 
 def _runs(layers: Any) -> list[list[Any]]:
-    """Split the layers of an encoder or decoder into lists, each with one layer or with successive residual blocks.
+    """Split the layers of an encoder or decoder into lists of layers.
 
-    Each layer that is not a residual block is in a list of its own. Before and after each of these lists there is a
-    list of residual blocks, which may be empty. Networks with different numbers of blocks are therefore split into
-    equally many lists.
+    The lists alternate: residual blocks, one other layer, residual blocks, one other layer, and so on, up to a last
+    list of residual blocks. A list of residual blocks may be empty. Networks with different numbers of residual blocks
+    are therefore split into equally many lists.
     """
     others = [-1, *(i for i, layer in enumerate(layers) if not hasattr(layer, "conv")), len(layers)]
     runs: list[list[Any]] = []
@@ -85,7 +89,10 @@ def _runs(layers: Any) -> list[list[Any]]:
 
 @torch.no_grad()
 def _copy(layer: nn.Module, old: nn.Module) -> None:
-    """Copy weights to a layer that may have more inputs, which have no effect, or more outputs, which stay random."""
+    """Copy the weights of the layer `old` to a layer that may have more inputs or more outputs.
+
+    The weights of additional inputs are set to zero. The weights of additional outputs stay random.
+    """
     for value, source in zip(layer.parameters(), old.parameters(), strict=True):
         if value.ndim > 1 and value.shape[1] > source.shape[1]:
             value.zero_()
@@ -97,7 +104,8 @@ def train_autoencoder(
 ) -> Any:
     """Train the autoencoder on scenes, and save it to ``folder/vae``.
 
-    Its scaling factor gives latents unit variance; with `start`, that of the earlier autoencoder is kept.
+    The scaling factor of the autoencoder gives latents unit variance. If `start` is given, the scaling factor of the
+    earlier autoencoder is kept instead.
 
     Parameters
     ----------
@@ -147,14 +155,16 @@ def train_autoencoder(
 
 
 def train_decoder(config: Config, scenes: Scenes, folder: Path, device: torch.device) -> Any:
-    """Train the decoder of ``folder/vae`` further with a fixed encoder, for sharper images from the same latents.
+    """Train the decoder of the autoencoder in ``folder/vae`` further, with a frozen encoder.
+
+    After this training, the same latents give sharper images.
 
     Parameters
     ----------
     config : Config
     scenes : Scenes
     folder : Path
-        Folder with the trained autoencoder, ``vae/``, whose decoder is replaced.
+        Folder that contains the trained autoencoder in ``vae/``. The decoder of this autoencoder is replaced.
     device : torch.device
 
     Returns
@@ -186,9 +196,10 @@ def train_decoder(config: Config, scenes: Scenes, folder: Path, device: torch.de
 
 
 def _batch(config: Config, scenes: Scenes, rng: np.random.Generator) -> tuple[Tensor, bool]:
-    """Random images, (n, 3, side, side) in [-1, 1]: crops around entities, or whole scenes.
+    """Random batch of training images, and True if the images are whole scenes.
 
-    n is the batch size for crops and a quarter of it for whole scenes. The second value is true for whole scenes.
+    The images are either crops around entities or whole scenes: (n, 3, side, side) in [-1, 1]. For crops, n is the
+    batch size. For whole scenes, n is a quarter of the batch size.
     """
     whole = bool(rng.random() >= config.vae.crop_share)
     rows = rng.integers(len(scenes), size=max(1, config.vae.batch // 4) if whole else config.vae.batch)
@@ -199,25 +210,30 @@ def _batch(config: Config, scenes: Scenes, rng: np.random.Generator) -> tuple[Te
 
 
 def _features(settings: VaeSettings, device: torch.device) -> Segmenter | None:
-    """The built-in judge as a fixed feature extractor; None if the loss does not compare features."""
+    """Built-in judge as a frozen feature extractor; None if the weight `settings.features` is 0."""
     return copy.deepcopy(load_segmenter()).requires_grad_(False).to(device) if settings.features else None
 
 
 def _loss(
     model: Any, images: Tensor, exact: bool, settings: VaeSettings, judge: Segmenter | None, old: Any = None
 ) -> Tensor:
-    """Loss of the autoencoder: errors of pixels, edges and features of the reconstruction, and a penalty on latents.
+    """Loss of the autoencoder for a batch of images: error of the reconstruction, and penalty on the latents.
 
-    Edges are differences between neighboring pixels at three scales; the penalty is the mean square of the latents, and
-    the decoder bounds them to -3..3. Noise is added to the latents before decoding, so that similar latents decode to
-    similar images. Some images are decoded from the first half of the channels alone; these channels learn the shapes,
-    and the others the details. In a share of the steps, mirrored latents of half the resolution are decoded and
-    compared with the mirrored image of half the size, so that shapes look alike in the latents at any size (EQ-VAE,
-    arXiv 2502.09509); such latents are easier to denoise.
+    The error compares pixels and edges, and activations of `judge` if the judge is given. Edges are differences between
+    neighboring pixels, at three scales. The penalty is the mean square of the latents. The decoder bounds the latents
+    to [-3, 3].
 
-    `exact` computes layer by layer, which is slower but also right at the border of the image. `old` is the autoencoder
-    from which the training started, if there is one: changes of its latent channels are penalized, so that a denoiser
-    that was trained on them can be trained further.
+    Noise is added to the latents before decoding, so that similar latents decode to similar images. Some images are
+    decoded from the first half of the latent channels alone. The first half of the channels therefore learns the
+    shapes, and the second half learns the details.
+
+    In a share of the steps, the latents are reduced to half the resolution and mirrored. The decoded image is then
+    compared with the original image, which is halved and mirrored in the same way. This training makes a shape look
+    alike in the latents at any size, and such latents are easier to denoise (EQ-VAE, arXiv 2502.09509).
+
+    If `exact` is True, the layers are computed one by one. This is slower, but also exact at the border of the image.
+    `old` is the autoencoder from which the training started, or None. Changes of the latent channels of `old` are
+    penalized. A denoiser that was trained on the old channels can then be trained further.
     """
     latents = model.encode(images).latents if exact else linear_runs.encode(model, images)
     drift = torch.zeros((), device=images.device)
@@ -251,7 +267,7 @@ def _transformed(latents: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def features(judge: Segmenter, images: Tensor) -> list[Tensor]:
-    """Activations of the judge at 1/2, 1/4 and 1/8 of the image's side, each (n, c, h, w)."""
+    """Activations of the judge at 1/2, 1/4 and 1/8 of the resolution of the images: three tensors, (n, c, h, w)."""
     x = judge.stem(images)
     found = [x]
     for down in judge.down[:2]:
@@ -261,7 +277,11 @@ def features(judge: Segmenter, images: Tensor) -> list[Tensor]:
 
 
 def _sheet(model: Any, config: Config, scenes: Scenes, folder: Path) -> None:
-    """Save an image of eight scenes and, below them, their reconstructions, enlarged to twice their size."""
+    """Save a sheet with eight scenes and their reconstructions to ``folder/vae.png``.
+
+    The upper row shows the scenes, and the lower row shows the reconstructions. All images are enlarged to twice their
+    size.
+    """
     images, size = scenes.batch(np.arange(8)).to(model.device), config.world.size
     with torch.no_grad():
         rebuilt = model.decode(model.encode(images).latents).sample
@@ -272,7 +292,11 @@ def _sheet(model: Any, config: Config, scenes: Scenes, folder: Path) -> None:
 
 
 def _crops(images: Tensor, classes: np.ndarray, side: int, rng: np.random.Generator) -> Tensor:
-    """Square of `side` pixels from each image, centered on a random pixel of an entity as far as the border allows."""
+    """Crop a square with a side of `side` pixels from each image, around a random pixel of an entity.
+
+    The random pixel is the center of the square. If the square would cross the border of the image, the square is moved
+    inside. `classes` is the class of each pixel, (n, size, size), with 0 for the background.
+    """
     cut = []
     for image, truth in zip(images, classes, strict=True):
         rows, columns = np.nonzero(truth)

@@ -14,18 +14,48 @@ from elakit.world.scenes import World
 
 @dataclass(frozen=True)
 class VaeSettings:
-    """Settings of the autoencoder: architecture, loss weights and length of training (`samples` images).
+    """Settings of the autoencoder: architecture, loss and training.
 
-    `width` is the number of channels at every resolution; `encoder_blocks` and `decoder_blocks` are the numbers of
-    residual blocks at each resolution. The training images are sampled from `scenes` scenes. A share `crop_share` of
-    the steps uses `batch` crops with a side of `crop` pixels around an entity, because most of a scene is background.
-    The other steps use whole scenes, a quarter as many per step. After the share `decay_from` of the steps, the
-    learning rate falls to zero. `noise` is the standard deviation of the noise on the latents, `nested` the share of
-    the images that are decoded from the first half of the channels alone, and `equivariant` the share of the steps that
-    decode mirrored latents of half the resolution. Weights of the loss are `pull` for the mean square of the latents,
-    `edges` for differences between neighboring pixels, `features` for the activations of the built-in judge, and `kept`
-    for changes of the latent channels of an earlier model. Afterward the decoder alone is trained on `polish` more
-    images.
+    Attributes
+    ----------
+    width : int
+        Number of channels at every resolution.
+    encoder_blocks, decoder_blocks : tuple of int
+        Number of residual blocks at each resolution, in the order of the layers.
+    latent_channels : int
+        Number of channels of the latents.
+    scenes : int
+        Number of different scenes from which the training images are sampled.
+    samples : int
+        Length of the training: ``samples / batch`` steps.
+    crop : int
+        Side of a crop in pixels.
+    crop_share : float
+        Share of the steps that use crops around an entity, because most of a scene is background. The other steps use
+        whole scenes.
+    batch : int
+        Number of crops per step. In a step with whole scenes, the number of scenes is a quarter of `batch`.
+    learning_rate : float
+        Learning rate after a warm-up of 200 steps.
+    decay_from : float
+        Share of the training after which the learning rate begins to fall to zero.
+    noise : float
+        Standard deviation of the noise that is added to the latents before decoding.
+    pull : float
+        Weight of the mean square of the latents in the loss.
+    edges : float
+        Weight of the errors of edges in the loss. Edges are differences between neighboring pixels.
+    features : float
+        Weight of the errors of the built-in judge's activations in the loss.
+    nested : float
+        Share of the images that are decoded from the first half of the latent channels alone.
+    equivariant : float
+        Share of the steps in which the latents are mirrored and reduced to half the resolution before decoding.
+    kept : float
+        Weight of the penalty on changes of the latent channels of an earlier autoencoder. Without an earlier
+        autoencoder, this weight has no effect.
+    polish : int
+        Length of the further training of the decoder alone: ``polish / batch`` steps.
     """
 
     width: int
@@ -51,7 +81,21 @@ class VaeSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """Settings of the text encoder, and of its tokenizer (`positions` and `vocabulary`, as in `train_tokenizer`)."""
+    """Settings of the text encoder and its tokenizer.
+
+    Attributes
+    ----------
+    positions : int
+        Largest number of tokens of an encoded prompt, including start-of-text and end-of-text.
+    vocabulary : int
+        Largest number of tokens in the vocabulary.
+    width : int
+        Number of channels of a text state.
+    layers : int
+        Number of transformer layers.
+    heads : int
+        Number of attention heads per layer.
+    """
 
     positions: int
     vocabulary: int
@@ -62,19 +106,52 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class DenoiserSettings:
-    """Settings of the U-Net, and of the diffusion training of U-Net and text encoder.
+    """Settings of the U-Net, and of the training of the U-Net together with the text encoder.
 
-    The training uses `samples` images in batches of `batch` per process. Before it, the model is trained on `close_ups`
-    images that have half the side of a scene and show a single thing each; training on them is several times as fast.
-    The training begins with `first_scenes` different scenes; whenever each of them has been seen `reuse` times on
-    average, `chunk` more are composed, up to `scenes`. The learning rate rises for `warmup` steps, is constant until
-    the share `decay_from` of the steps is done, and then falls to zero; `average` is the decay of the moving average of
-    the weights. `min_snr` is the upper bound of the signal-to-noise ratio in the weights of the loss (min-SNR).
-    `least_weight` is the lower bound of these weights at the timesteps with more noise than signal, at which the model
-    decides where the things are. `drop_text` is the share of captions that are replaced by the empty text, and
-    `neutral_end` the share of captions whose end-of-text states are replaced by those of the empty text. `outlines` is
-    the weight of an auxiliary loss, the prediction of the noun at each location from features of the U-Net's decoder.
-    `compiled` runs the U-Net through ``torch.compile``, which needs a C++ compiler on a CPU.
+    The training has two parts. The first part uses close-ups, which are images with half the side of a scene. Each
+    close-up shows a single thing. The second part uses scenes, and takes several times as long per image.
+
+    Attributes
+    ----------
+    channels : tuple of int
+        Number of channels at each resolution of the U-Net, from the highest to the lowest resolution.
+    heads : int
+        Number of attention heads.
+    scenes : int
+        Largest number of different scenes.
+    first_scenes : int
+        Number of different scenes at the beginning.
+    chunk : int
+        Number of scenes that are composed at a time.
+    reuse : int
+        Average number of times that a scene is seen before the next chunk of scenes is composed.
+    close_ups : int
+        Number of training images in the first part. If `close_ups` is 0, the first part is skipped.
+    samples : int
+        Number of training images in the second part, summed over all processes.
+    batch : int
+        Number of scenes per step and process. For close-ups, the number of images is twice as large.
+    learning_rate : float
+        Learning rate after the warm-up.
+    warmup : int
+        Number of steps in which the learning rate rises from zero.
+    decay_from : float
+        Share of the second part after which the learning rate begins to fall to zero.
+    average : float
+        Decay of the exponential moving average of the weights.
+    min_snr : float
+        Upper bound of the signal-to-noise ratio in the weights of the loss (min-SNR).
+    least_weight : float
+        Lower bound of the weights of the loss at timesteps with more noise than signal, from 0 to 0.5. At these
+        timesteps, the model decides where the things are.
+    drop_text : float
+        Share of the captions that are replaced by the empty prompt.
+    neutral_end : float
+        Share of the captions in which end-of-text and padding get the text states of the empty prompt.
+    outlines : float
+        Weight of an auxiliary loss: the noun at each location is predicted from features of the U-Net's decoder.
+    compiled : bool
+        True to run the U-Net through ``torch.compile``, which needs a C++ compiler on a CPU.
     """
 
     channels: tuple[int, ...]
@@ -109,16 +186,44 @@ class DenoiserSettings:
 class JudgeSettings:
     """Settings of the judge, a segmenter of images, and of its training.
 
-    The training uses `samples` images in batches of `batch`. They are sampled from `scenes` composed scenes and some
-    generated images. `mixtures`, `occluded`, `spoiled` and `empty` are the shares of the composed scenes that show a
-    hybrid, a thing partly behind another, an unrecognizable shape, and only a background. Generated images are less
-    exact than composed ones, which does not make them hybrids. So that the judge learns this, a share `rebuilt` of the
-    composed scenes is passed through the autoencoder. To another share, `redrawn`, noise is added, which the last steps
-    of the denoiser remove; scenes with an unrecognizable shape in this share are not changed. There are two kinds of
-    generated images. `drawn` is the number of images of single things. `unfinished` is the number of images in which
-    nothing can be recognized, because generation was stopped after the first few steps. `labels` names folders in
-    elakit's data with generated images that were labeled by eye. Each batch contains `labeled` of these images in
-    addition to its `batch` others.
+    The judge is trained on composed scenes and on generated images. Things in generated images are less exact than in
+    composed scenes, and the judge must not take inexact things for hybrids. Some composed scenes are therefore passed
+    through the autoencoder or the denoiser.
+
+    Attributes
+    ----------
+    channels : tuple of int
+        Number of channels at each resolution of the judge, from the highest to the lowest resolution.
+    scenes : int
+        Number of composed scenes.
+    mixtures : float
+        Share of the composed scenes that show a hybrid.
+    occluded : float
+        Share of the composed scenes that show a thing partly behind another thing.
+    spoiled : float
+        Share of the composed scenes that show an unrecognizable shape.
+    rebuilt : float
+        Share of the composed scenes that are passed through the autoencoder.
+    redrawn : float
+        Share of the composed scenes that are passed through the denoiser: noise is added, and the last denoising steps
+        remove the noise. Scenes with an unrecognizable shape stay unchanged.
+    empty : float
+        Share of the composed scenes that show only a background.
+    drawn : int
+        Number of generated images of single things.
+    unfinished : int
+        Number of generated images in which nothing can be recognized, because generation was stopped after the first
+        few steps.
+    labels : tuple of str
+        Folders in elakit's data with generated images that were labeled by eye.
+    labeled : int
+        Number of labeled images per step, in addition to `batch`.
+    samples : int
+        Number of training images, not counting the labeled images.
+    batch : int
+        Number of images per step, not counting the labeled images.
+    learning_rate : float
+        Learning rate after a warm-up of 200 steps.
     """
 
     channels: tuple[int, ...]
@@ -140,7 +245,7 @@ class JudgeSettings:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings with which picture-world is trained, as `read_config` reads them."""
+    """All settings with which picture-world is trained, with one attribute per section of the TOML file."""
 
     world: World
     vae: VaeSettings
@@ -155,7 +260,7 @@ def read_config(path: Path | None = None) -> Config:
     Parameters
     ----------
     path : Path, optional
-        TOML file; by default the one with which the built-in model was trained.
+        TOML file of settings. The default is the file with which the built-in model was trained.
 
     Returns
     -------
@@ -168,6 +273,8 @@ def read_config(path: Path | None = None) -> Config:
 
     Examples
     --------
+    The training scenes of the built-in model have a side of 128 pixels:
+
     >>> read_config().world.size
     128
     """

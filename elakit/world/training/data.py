@@ -28,10 +28,10 @@ class Scenes:
     images : ndarray, uint8, (n, size, size, 3)
     captions : list of str
     classes : ndarray, uint8, (n, size, size)
-        0 for the background, 1 + index in ``NOUNS`` elsewhere.
+        Class of each pixel: 0 for the background, 1 + index of the noun in ``NOUNS`` for an entity.
     colors : ndarray, int8, (n, k)
-        Index in ``COLORS`` of the color of each entity, of which a scene has at most k; -1 if the entity has the colors
-        of the drawing, or if there is no such entity.
+        Color of each entity, as an index in ``COLORS``. A scene has at most k entities. The index is -1 for an entity
+        that has the colors of its drawing. The index is also -1 where a scene has fewer than k entities.
     """
 
     images: np.ndarray
@@ -49,15 +49,16 @@ class Scenes:
 
 
 def compose_scenes(world: World, count: int, seed: int) -> Scenes:
-    """Compose random scenes of a world.
+    """Compose random scenes.
 
     Parameters
     ----------
     world : World
+        Settings from which the scenes are composed.
     count : int
         Number of scenes.
     seed : int
-        Seed of the random generator; training uses small seeds, tests large ones.
+        Seed of the random generator. The training uses small seeds, and tests use large seeds.
 
     Returns
     -------
@@ -84,19 +85,23 @@ CROWD, CROWD_SCALES = (4, 8), (0.2, 0.6)  # number of things, and their longest 
 
 
 def compose_crowds(world: World, count: int, seed: int | tuple[int, ...]) -> Scenes:
-    """Compose the training scenes of the autoencoder: many small things in any color, which may cover each other.
+    """Compose the training scenes of the autoencoder, which show many small things in any color.
+
+    The things may cover each other. The autoencoder needs neither captions nor the colors of the things.
 
     Parameters
     ----------
     world : World
+        Settings from which the scenes are composed.
     count : int
         Number of scenes.
     seed : int or tuple of int
+        Seed of the random generator.
 
     Returns
     -------
     Scenes
-        Scenes with empty captions and without colors, which the autoencoder does not need.
+        Scenes with empty captions. All values of ``colors`` are -1.
     """
     rng = np.random.default_rng(seed)
     images = np.empty((count, world.size, world.size, 3), np.uint8)
@@ -117,10 +122,10 @@ def compose_crowds(world: World, count: int, seed: int | tuple[int, ...]) -> Sce
 
 
 def cached_crowds(world: World, count: int, seed: int, path: Path, workers: int = 0) -> Scenes:
-    """Scenes of `compose_crowds`, read from a file or composed and written to it.
+    """Read the scenes of `compose_crowds` from the file `path`, or compose the scenes and write this file.
 
-    A file that was made with other settings is replaced. `workers` processes compose the scenes in parts; if `workers`
-    is 0, this process composes them.
+    The file is read if it was made with the same settings. Otherwise, the scenes are composed, and the file is
+    replaced. `workers` processes compose the scenes in parts. If `workers` is 0, this process composes the scenes.
     """
     made_with = repr((world.size, world.artists, world.views, world.backgrounds, world.shadow, count, seed, CROWD_PART))
     if path.exists():

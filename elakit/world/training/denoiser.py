@@ -38,7 +38,7 @@ TOKEN_EMBEDDING = "token_embedding.weight"
 
 
 def build_unet(config: Config, width: int) -> UNet2DConditionModel:
-    """Untrained U-Net with text cross-attention at full and half latent size, in encoder and decoder.
+    """Untrained U-Net with text cross-attention at the full and half size of the latents, and in the middle block.
 
     Parameters
     ----------
@@ -98,18 +98,20 @@ def build_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> None:
-    """Copy the weights of an earlier model to a new one; the weights of additional latent channels are set to zero.
+    """Copy the weights of an earlier model to a new model, which may have more latent channels.
 
-    Embeddings are copied by token, not by id, because a model with other captions has another vocabulary.
+    The weights of additional latent channels are set to zero. Token embeddings are copied by token, not by id, because
+    a model with other captions has another vocabulary.
 
     Parameters
     ----------
     model : nn.ModuleDict
-        Text encoder, as ``model["text"]``, and U-Net, as ``model["unet"]``, which are changed in place. They have the
-        architecture of `old`, and at least as many latent channels.
+        New model, which is changed in place. ``model["text"]`` is the text encoder, and ``model["unet"]`` is the U-Net.
+        The architecture is the same as in `old`, except that there may be more latent channels.
     tokenizer : CLIPTokenizer
-        Tokenizer of `model`.
+        Tokenizer of the new model.
     old : StableDiffusionPipeline
+        Pipeline of the earlier model.
 
     Raises
     ------
@@ -147,12 +149,12 @@ def train_denoiser(
     ----------
     config : Config
     folder : Path
-        Folder with the trained autoencoder, ``vae/``.
+        Folder that contains the trained autoencoder in ``vae/``.
     device : torch.device
     start : Path, optional
         Folder of an earlier pipeline, from whose weights the training starts.
     workers : int
-        Number of processes that compose scenes in advance.
+        Number of processes that compose scenes in advance. If `workers` is 0, this process composes the scenes.
 
     Returns
     -------
@@ -162,7 +164,8 @@ def train_denoiser(
     Raises
     ------
     SettingError
-        The weights of `start` do not fit, or a checkpoint was trained with another number of images per step.
+        The weights of `start` do not fit the configuration, or a checkpoint was trained with a different number of
+        images per step than `config` sets.
     """
     settings, processes = config.denoiser, rank_and_world()[1]
     vae = AutoencoderTiny.from_pretrained(folder / "vae").to(device).eval()
@@ -194,7 +197,10 @@ def train_denoiser(
     unet.up_blocks[1].register_forward_hook(lambda module, given, features: seen.append(features))
 
     def fit(config: Config, folder: Path) -> Any:
-        """Train on the scenes of one world; checkpoints, scenes and sheets are written to a folder."""
+        """Train on scenes with the settings of `config`, and return the model with averaged weights.
+
+        Checkpoints, scenes and sheets of sample images are written to `folder`.
+        """
         settings, drawn = config.denoiser, -1
         data = GrowingScenes(config, folder, vae, tokenizer, device, workers)
 
@@ -247,10 +253,11 @@ def train_denoiser(
 
 
 def loss_weights(signal: Tensor, min_snr: float, least: float) -> Tensor:
-    """Weights of the squared error of v, given the shares of signal: min-SNR (arXiv 2303.09556) with a lower bound.
+    """Weights of the squared error of a v-prediction: min-SNR weights (arXiv 2303.09556) with a lower bound.
 
-    Min-SNR alone nearly ignores the noisiest steps, in which the model decides where things are. The lower bound
-    applies only where there is more noise than signal.
+    With the signal-to-noise ratio r = signal / (1 - signal), the min-SNR weight is min(r, min_snr) / (r + 1). Min-SNR
+    alone nearly ignores the noisiest timesteps, at which the model decides where things are. The lower bound applies
+    only where there is more noise than signal.
 
     Parameters
     ----------
@@ -259,14 +266,18 @@ def loss_weights(signal: Tensor, min_snr: float, least: float) -> Tensor:
     min_snr : float
         Upper bound of the signal-to-noise ratio.
     least : float
-        Lower bound of the weights; at most 0.5, the weight where signal and noise are equal.
+        Lower bound of the weights. It is at most 0.5, which is the weight where signal and noise are equal.
 
     Returns
     -------
     Tensor
+        One weight for each value of `signal`.
 
     Examples
     --------
+    The lower bound raises the first weight from 0.01 to 0.1. For the last weight, r is 99, which `min_snr` reduces to
+    5; the weight is 5 / 100:
+
     >>> loss_weights(torch.tensor([0.01, 0.5, 0.8, 0.99]), min_snr=5.0, least=0.1)
     tensor([0.1000, 0.5000, 0.8000, 0.0500])
     """
@@ -276,13 +287,16 @@ def loss_weights(signal: Tensor, min_snr: float, least: float) -> Tensor:
 
 
 def close_up(config: Config) -> Config:
-    """Settings of the first part of the training, which uses images with half the side of a scene.
+    """Settings of the first part of the training, derived from the settings of the whole training.
 
-    Each image shows a single thing, which fills most of the image. In pixels, these things are as large as small things
-    in whole scenes. Training on the smaller images takes a fraction of the time.
+    The first part uses images with half the side of a scene. Training on such an image takes a fraction of the time.
+    Each image shows a single thing, which fills most of the image. The thing has about as many pixels as a small thing
+    in a scene.
 
     Examples
     --------
+    A scene has a side of 128 pixels. The images of the first part have half this side:
+
     >>> from elakit.world.training.config import read_config
     >>> close_up(read_config()).world.size
     64
@@ -331,9 +345,9 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
 
 
 def sample_sheet(pipe: StableDiffusionPipeline, size: int, prompts: tuple[str, ...] = SAMPLE_PROMPTS) -> Image.Image:
-    """Sheet with an image for each prompt, eight per row, enlarged to twice their size.
+    """Sheet with one generated image per prompt, eight images per row.
 
-    All images are generated from seed 0, with a side of `size` pixels.
+    Each image is generated from seed 0 with a side of `size` pixels, and then enlarged to twice this side.
     """
     images = pipe(
         list(prompts),

@@ -26,14 +26,15 @@ ENCODED_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Composed:
-    """Scenes before they are encoded.
+    """Composed scenes, as images and captions that are not encoded yet.
 
     Attributes
     ----------
     images : ndarray, uint8, (n, size, size, 3)
     captions : list of str
     classes : ndarray, uint8, (n, h, w)
-        Class at the center of each latent location: 0 for the background, 1 + index in ``NOUNS`` for a thing.
+        Class of the pixel at the center of each latent location: 0 for the background, 1 + index of the noun in
+        ``NOUNS`` for a thing. The latents have h x w locations.
     """
 
     images: np.ndarray
@@ -43,16 +44,17 @@ class Composed:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded scenes: latents, tokens of the captions, and classes.
+    """Encoded scenes: latents of the images, token ids of the captions, and classes.
 
     Attributes
     ----------
     latents : Tensor, float16, (n, c, h, w)
         Latents of unit variance.
     tokens : Tensor, int64, (n, positions)
-        Tokens of the captions, padded.
+        Token ids of the captions, padded to the same length.
     classes : Tensor, uint8, (n, h, w)
-        Class at the center of each latent location: 0 for the background, 1 + index in ``NOUNS`` for a thing.
+        Class of the image at the center of each latent location: 0 for the background, 1 + index of the noun in
+        ``NOUNS`` for a thing.
     """
 
     latents: Tensor
@@ -61,13 +63,15 @@ class Encoded:
 
 
 class GrowingScenes:
-    """Encoded scenes, composed in chunks when the training needs them and kept on disk.
+    """Encoded training scenes, which are composed in chunks when the training needs more scenes, and kept on disk.
 
-    A training of millions of samples needs many scenes, and composing them all first would take hours. The training
-    begins with a few chunks, and the next one is composed whenever each scene has been seen ``config.denoiser.reuse``
-    times on average. Chunks are numbered, and the number of a chunk is the seed of its scenes. A chunk therefore has
-    the same scenes whenever it is composed with the same settings. If several processes train together, each composes
-    and uses chunks of its own.
+    A training on millions of images needs many scenes, and composing all scenes first would take hours. The training
+    begins with a few chunks of scenes. Another chunk is composed whenever the scenes have been seen
+    ``config.denoiser.reuse`` times on average.
+
+    Chunks are numbered, and the number of a chunk is the seed of its scenes. A chunk therefore has the same scenes
+    whenever it is composed with the same settings. If several processes train together, each process composes and uses
+    chunks of its own.
 
     Parameters
     ----------
@@ -100,13 +104,13 @@ class GrowingScenes:
         self._ahead: dict[int, Future[Composed]] = {}
 
     def count(self, samples: int) -> int:
-        """Number of scenes in use after training on `samples` samples; both numbers are totals over all processes."""
+        """Number of scenes in use after training on `samples` images; both numbers are totals over all processes."""
         settings = self._config.denoiser
         wanted = max(settings.first_scenes, samples // settings.reuse)
         return min(settings.scenes, -(-wanted // settings.chunk) * settings.chunk)
 
     def batch(self, samples: int, size: int) -> Encoded:
-        """Random batch of `size` scenes among those in use by this process after training on `samples` samples.
+        """Random batch of `size` scenes, from the scenes that this process uses after training on `samples` images.
 
         `samples` is the total over all processes. Torch's global random generator chooses the scenes.
         """
@@ -134,9 +138,10 @@ class GrowingScenes:
         return self._folder / f"{number:04d}.pt"
 
     def _composed(self, number: int) -> Composed:
-        """Scenes of the chunk that has the number `number`, composed now or, by a worker, in advance.
+        """Composed scenes of the chunk with the number `number`.
 
-        If there are workers, they are given the next chunks to compose.
+        Without workers, this process composes the scenes now. With workers, one of the workers composes the scenes, if
+        possible in advance, and the next chunks are queued.
         """
         settings = self._config.denoiser
         size = min(settings.chunk, settings.scenes)
@@ -177,7 +182,10 @@ def encode(composed: Composed, vae: Any, tokenizer: CLIPTokenizer, device: torch
 
 
 def _classes(scene: Scene, side: int) -> np.ndarray:
-    """Class of the pixel at the center of each of the `side` x `side` latent locations, uint8, (side, side)."""
+    """Class of a scene at the center of each latent location, uint8, (side, side).
+
+    The class is 0 for the background, and 1 + index of the noun in ``NOUNS`` for a thing.
+    """
     found = np.zeros(scene.image.shape[:2], np.uint8)
     for entity in scene.entities:
         found[entity.mask] = 1 + NOUNS.index(entity.subject.noun)

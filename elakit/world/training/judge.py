@@ -1,4 +1,7 @@
-"""Training of the judge, a segmenter, on composed scenes and hybrids and on images of the model that it judges."""
+"""Training of the judge, a segmenter of images.
+
+The judge is trained on composed scenes, on composed hybrids, and on images that picture-world generates.
+"""
 
 from __future__ import annotations
 
@@ -53,24 +56,26 @@ FIRST_SEED_DRAWN = 1_000_000  # of generated examples: far from the seeds that p
 class Examples:
     """Images with their ground truth, for training or testing the judge.
 
+    The images are composed or generated. Generated images show a single thing, or are unfinished. In an unfinished
+    image nothing can be recognized, because generation was stopped after the first few steps.
+
     Attributes
     ----------
     images : ndarray, uint8, (n, size, size, 3)
     classes : ndarray, uint8, (n, size, size)
-        Class of each pixel: 0 for the background, 1 + index in ``NOUNS`` for a thing, ``UNCERTAIN`` where the class is
-        not known. In composed images, the class is not known in unrecognizable shapes, and where a hybrid shows two
-        things about equally. In generated images, it is not known at any pixel.
+        Class of each pixel: 0 for the background, 1 + index of the noun in ``NOUNS`` for a thing, ``UNCERTAIN`` where
+        the class is not known. In composed images, the class is not known in unrecognizable shapes, and where a hybrid
+        shows two things about equally. In generated images, the class is not known at any pixel.
     mixed : ndarray, bool, (n, size, size)
-        True for the pixels of a hybrid; all False in generated images.
+        True for the pixels of a composed hybrid; all False in generated images.
     spoiled : ndarray, bool, (n, size, size)
         True for the pixels of a composed unrecognizable shape; all False in generated images.
     captions : list of str
-        Caption of each image; "" for composed images with an unrecognizable shape or without things, and for generated
-        images in which nothing can be recognized.
+        Caption of each image. The caption is "" for unfinished images, and for composed images with an unrecognizable
+        shape or without any thing.
     nouns : ndarray, uint8, (n,)
-        1 + the noun's index in ``NOUNS`` for a generated image of a single thing; ``UNFINISHED`` for a generated image
-        in which nothing can be recognized, because generation was stopped after the first few steps (see
-        `draw_unfinished`); 0 for a composed image.
+        Kind of each image: 0 for a composed image, ``UNFINISHED`` for an unfinished image. For a generated image of a
+        single thing, the value is 1 + index of the noun in ``NOUNS``.
     """
 
     images: np.ndarray
@@ -82,17 +87,23 @@ class Examples:
 
 
 def unseen(drawing: Drawing) -> bool:
-    """True if a drawing is kept out of the training of the judge, so that the judge can be tested with it.
+    """True if a drawing is kept out of the training of the judge, so that the judge can be tested with this drawing.
 
-    For each noun that was drawn by at least ``LEAST_ARTISTS`` artists, the drawings by one artist are kept out: the
-    first of ``UNSEEN_ARTISTS`` who drew the noun. For other nouns, no drawing is kept out.
+    If at least ``LEAST_ARTISTS`` artists drew a noun, the drawings of the noun by one artist are kept out. This artist
+    is the first of ``UNSEEN_ARTISTS`` who drew the noun. For other nouns, no drawing is kept out.
 
     Examples
     --------
     >>> UNSEEN_ARTISTS, LEAST_ARTISTS
     (('noto-v1', 'fluent-flat'), 3)
+
+    Four artists drew a crown. The drawing by noto-v1, the first of ``UNSEEN_ARTISTS``, is kept out:
+
     >>> {d.artist: unseen(d) for d in drawings("crown")}
     {'noto': False, 'noto-v1': True, 'fluent-flat': False, 'fluent-3d': False}
+
+    Only one artist drew a bench:
+
     >>> {d.artist: unseen(d) for d in drawings("bench")}
     {'own': False}
     """
@@ -102,9 +113,10 @@ def unseen(drawing: Drawing) -> bool:
 
 
 def judges_world(world: World) -> World:
-    """World of the judge's training scenes, derived from the world of the denoiser's training scenes.
+    """Settings of the judge's training scenes, derived from `world`, the settings of the denoiser's scenes.
 
-    It shows all pairs of nouns and all drawings except the `unseen` ones, and unusual colors are more frequent.
+    The judge's scenes may show every pair of nouns. The scenes use all drawings, except the drawings for which `unseen`
+    is True. Unusual colors are more frequent than in the denoiser's scenes.
     """
     wide = replace(
         world,
@@ -166,11 +178,12 @@ def compose_examples(config: Config, seed: int | tuple[int, ...], count: int | N
 
 
 def prepare_examples(config: Config, folder: Path, device: torch.device, workers: int = 0) -> Examples:
-    """Training examples: composed images, some of them passed through the autoencoder or denoiser, and generated ones.
+    """Training examples of the judge: composed images and generated images.
 
-    They are kept in ``folder/judge-examples.npz``, from which a resumed training reads them; a file that was made with
-    other settings is replaced. `workers` processes compose the scenes in parts; if `workers` is 0, this process
-    composes them.
+    Some of the composed images are passed through the autoencoder or the denoiser. All examples are kept in
+    ``folder/judge-examples.npz``. A resumed training reads the examples from this file. If this file was made with
+    other settings, it is replaced. `workers` processes compose the scenes in parts. If `workers` is 0, this process
+    composes the scenes.
     """
     path, settings = folder / "judge-examples.npz", config.judge
     made_with = repr(
@@ -245,11 +258,11 @@ def draw_singles(pipe: StableDiffusionPipeline, count: int, steps: int = REDRAW_
 
 @torch.no_grad()
 def draw_unfinished(pipe: StableDiffusionPipeline, count: int) -> Examples:
-    """Generate unrecognizable images by stopping after the first few steps.
+    """Generate unrecognizable images by stopping after the first few denoising steps.
 
-    Only the first few of ``REDRAW_STEPS`` denoising steps are done. Their number is sampled for each batch of 64
-    images, from the smallest to the largest number in ``UNFINISHED_STEPS``. The image is decoded from the noise-free
-    latents that the denoiser predicts in the last of these first steps.
+    Only the first few of ``REDRAW_STEPS`` denoising steps are done. For each batch of 64 images, the number of these
+    steps is sampled. ``UNFINISHED_STEPS`` has the smallest and the largest number. At the step at which generation
+    stops, the denoiser predicts noise-free latents. The image is decoded from the predicted latents.
 
     Parameters
     ----------
@@ -290,14 +303,16 @@ def _joined(*parts: Examples) -> Examples:
 
 @torch.no_grad()
 def grow(model: Segmenter, old: dict[str, Tensor]) -> None:
-    """Copy the weights of an earlier judge, whose last layer may have fewer outputs; weights of new outputs are zero.
+    """Copy the weights of an earlier judge to a new judge, whose last layer may have more outputs.
+
+    The weights of additional outputs are set to zero.
 
     Parameters
     ----------
     model : Segmenter
-        Judge that is changed in place.
+        New judge, which is changed in place.
     old : dict of str to Tensor
-        Weights of an earlier judge with the same numbers of channels.
+        Weights of the earlier judge. Both judges have the same numbers of channels.
 
     Raises
     ------
@@ -327,12 +342,12 @@ def train_judge(
     ----------
     config : Config
     folder : Path
-        Folder with the trained autoencoder, ``vae/``, and the trained pipeline, ``model/``.
+        Folder that contains the trained autoencoder in ``vae/`` and the trained pipeline in ``model/``.
     device : torch.device
     start : Path, optional
-        Folder of an earlier model, from whose ``judge/`` the training starts.
+        Folder of an earlier model. The training starts from the weights of the judge in the subfolder ``judge/``.
     workers : int
-        Number of processes that compose scenes; 0 composes them in this process.
+        Number of processes that compose scenes. If `workers` is 0, this process composes the scenes.
 
     Returns
     -------
@@ -342,7 +357,8 @@ def train_judge(
     Raises
     ------
     SettingError
-        The weights of `start` do not fit, or a checkpoint was trained with another number of images per step.
+        The weights of `start` do not fit the configuration, or a checkpoint was trained with a different number of
+        images per step than `config` sets.
     """
     settings = config.judge
     examples = prepare_examples(config, folder, device, workers)
@@ -400,7 +416,7 @@ def train_judge(
 
 
 def _moved_alone(images: Tensor) -> Tensor:
-    """Mirror labeled images at random, and disturb and move them as composed images are (see `_disturb` and `_move`).
+    """Mirror labeled images at random, and then change them with `_disturb` and `_move`, like composed images.
 
     `images` is uint8, (n, 3, h, w). The result is float32 of the same shape, mostly in [-1, 1].
     """
@@ -411,11 +427,11 @@ def _moved_alone(images: Tensor) -> Tensor:
 
 
 def _alone(scores: Tensor, nouns: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of generated images of single things, and the probability of the thing's noun at each pixel, (k, h, w).
+    """Loss of k generated images of single things, and the probability of the thing's noun at each pixel, (k, h, w).
 
-    The loss is low if every pixel is classified as background or as the noun, and if the pixels at which the noun is
-    most probable, a share ``LEAST_SHOWN`` of the image, are classified as the noun. `scores` are logits of the classes,
-    (k, 25, h, w), and `nouns` the classes of the nouns, (k,).
+    The loss is low under two conditions. First, every pixel is classified as background or as the noun. Second, the
+    pixels at which the noun is most probable are classified as the noun. These pixels are a share ``LEAST_SHOWN`` of
+    the image. `scores` are logits of the classes, (k, 25, h, w). `nouns` are the classes of the nouns, (k,).
     """
     log = scores.log_softmax(1)
     of_noun = log[torch.arange(len(nouns)), nouns]
@@ -432,7 +448,7 @@ def rebuild(images: np.ndarray, vae: Any, device: torch.device) -> np.ndarray:
 
 
 def _pixels(decoded: Tensor) -> np.ndarray:
-    """Decoded images as uint8 (n, size, size, 3)."""
+    """Convert decoded images in [-1, 1], (n, 3, size, size), to uint8, (n, size, size, 3)."""
     return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -440,7 +456,9 @@ def _pixels(decoded: Tensor) -> np.ndarray:
 def redraw(
     images: np.ndarray, captions: list[str], pipe: StableDiffusionPipeline, steps: tuple[int, int], seed: int
 ) -> np.ndarray:
-    """Images after adding noise and denoising with the last few steps, which keeps things at their locations.
+    """Add noise to images, and remove the noise with the last few denoising steps.
+
+    Because only the last few steps are done, things stay at their locations.
 
     Parameters
     ----------
@@ -448,13 +466,14 @@ def redraw(
     captions : list of str
     pipe : StableDiffusionPipeline
     steps : tuple of int
-        Smallest and largest number of denoising steps, which are the last of ``REDRAW_STEPS`` steps. One random number
-        in this range, both ends included, is used for all images.
+        Smallest and largest number of steps to do. The number is sampled from this range, both ends included, and is
+        the same for all images. Generation would take ``REDRAW_STEPS`` steps, and the last of these steps are done.
     seed : int
 
     Returns
     -------
     ndarray, uint8, (n, size, size, 3)
+        Denoised images.
     """
     device, rng = pipe.unet.device, np.random.default_rng((6, seed))
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
@@ -481,11 +500,12 @@ def _batches(rows: np.ndarray, what: str) -> Iterator[np.ndarray]:
 def _restyle(images: Tensor, target: Tensor) -> Tensor:
     """Make some images look like the work of another artist: other hues, other tones, flat colors, dark outlines.
 
-    `images` is float32, (n, 3, h, w), in [-1, 1]. `target` is the class of each pixel, (n, h, w); the outlines are
-    added where it changes. All other changes affect the whole image, background included.
+    `images` is float32, (n, 3, h, w), in [-1, 1]. `target` is the class of each pixel, (n, h, w). Outlines are added
+    where the class changes. All other changes affect the whole image, background included.
 
-    The judge should recognize things by their shape. Without this, it could rely on colors, because animals mostly have
-    their natural ones in training, and on style, because not every artist drew every noun.
+    The judge should recognize things by their shape. Without these changes, the judge could rely on color, because
+    animals mostly have their natural colors in training. The judge could also rely on style, because not every artist
+    drew every noun.
     """
     n = len(images)
 

@@ -26,15 +26,17 @@ LEAST_SHOWN = 0.02
 
 @dataclass(frozen=True)
 class Labeled:
-    """Labeled images.
+    """Generated images that were labeled by eye.
 
     Attributes
     ----------
     images : Tensor, uint8, (n, 3, size, size)
     nouns : Tensor, int64, (n, 2)
-        Classes of the entities that the prompt names, 1 + index in ``NOUNS``; 0 if there is no second entity.
+        Classes of the entities that the prompt names: 1 + index of the noun in ``NOUNS``. If there is no second entity,
+        the second class is 0.
     nameable : Tensor, bool, (n, 2)
-        True if a person would name the entity as the prompt does.
+        True if a person would name the entity as the prompt does. If there is no second entity, the second value is
+        False.
     hybrid, extra : Tensor, bool, (n,)
         `hybrid` is True if two things are fused. `extra` is True if the image shows a thing that the prompt does not
         name, or shows a named thing more often than the prompt asks.
@@ -54,7 +56,7 @@ class Labeled:
         return Labeled(*(value[index] for value in vars(self).values()))
 
     def to(self, device: torch.device) -> Labeled:
-        """Copy on another device."""
+        """Copy of the labeled images on another device."""
         return Labeled(*(value.to(device) for value in vars(self).values()))
 
 
@@ -66,7 +68,7 @@ def read_labeled(folders: Sequence[Path], size: int) -> Labeled:
     folders : sequence of Path
         Folders of labeled images. Images without labels are left out.
     size : int
-        Side of the images in pixels.
+        Side in pixels to which each image is resized.
 
     Raises
     ------
@@ -91,15 +93,18 @@ def read_labeled(folders: Sequence[Path], size: int) -> Labeled:
 def labeled_loss(scores: Tensor, labels: Labeled) -> Tensor:
     """Loss of the judge on labeled images, in which the locations of the things are not known.
 
-    The loss is low if the judge's output agrees with the labels: every pixel is background or a noun of the prompt,
-    unless the image has extra things; each nameable entity covers at least a small share of the image; the pixels in
-    which the judge sees an entity are unrecognizable if the entity is not nameable, and recognizable if it is; and the
-    pixels in which it sees a nameable entity belong to a hybrid if, and only if, the image has one.
+    The loss is low if the judge's output agrees with the labels:
+
+    - Every pixel is background or a noun of the prompt, unless the image has extra things.
+    - Each nameable entity covers at least a small share of the image.
+    - Where the judge sees a nameable entity, the pixels are recognizable. Where the judge sees an entity that is not
+      nameable, the pixels are unrecognizable.
+    - Where the judge sees a nameable entity, the pixels belong to a hybrid if, and only if, the image has a hybrid.
 
     Parameters
     ----------
     scores : Tensor, (n, 27, h, w)
-        Logits of the judge: 25 classes, hybrid, and unrecognizable.
+        Logits of the judge at each pixel: 25 for the classes, one for "hybrid" and one for "unrecognizable".
     labels : Labeled
     """
     log = scores[:, :CLASSES].log_softmax(1)

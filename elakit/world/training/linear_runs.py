@@ -1,11 +1,13 @@
 """Faster forward pass of `AutoencoderTiny` for training, with successive linear layers merged into one convolution.
 
-If there are no residual blocks at the highest resolutions, the first layers of the encoder and the last ones of the
-decoder are convolutions with nothing nonlinear between them. Moreover, upsampling to twice the size followed by a
-convolution equals four convolutions of the smaller image, one for each phase (even or odd row and column) of the larger
-one. Merging the kernels of such layers before they are applied reduces the number of multiplications by a factor of
-1.7, compared with applying the layers one by one. Values and gradients are those of the separate layers, except in a
-frame a few pixels wide at the border of the image, where the separate layers pad their inputs.
+If there are no residual blocks at the highest resolutions, the first layers of the encoder are convolutions with
+nothing nonlinear between them. The same holds for the last layers of the decoder. Moreover, the decoder upsamples to
+twice the size and then convolves. These two operations equal four convolutions of the smaller image. Each of the four
+convolutions computes the pixels in even or odd rows and in even or odd columns.
+
+The kernels of successive linear layers are merged before they are applied. The merged kernels need 1.7 times fewer
+multiplications than the separate layers. Values and gradients are the same as with separate layers, except in a frame a
+few pixels wide at the border of the image. There, the separate layers pad their inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def compose_kernels(first: Tensor, second: Tensor, stride: int = 1) -> Tensor:
     Parameters
     ----------
     first : Tensor, (m, c, k, k)
+        Kernel of the first convolution, with c input channels and m output channels.
     second : Tensor, (o, m, l, l)
+        Kernel of the second convolution, with m input channels and o output channels.
     stride : int
         Stride of the first convolution.
 

@@ -22,17 +22,26 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """True if a device computes bfloat16 in hardware; a CPU that does not is far slower in bfloat16 than in float32."""
+    """True if a device computes bfloat16 in hardware.
+
+    A CPU without such hardware is far slower in bfloat16 than in float32.
+    """
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Context of mixed precision (bfloat16) on devices where it is fast; single precision elsewhere."""
+    """Context manager for mixed precision with bfloat16.
+
+    On devices on which bfloat16 is slow, the computation is in single precision instead.
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Rank of this process, from 0, and number of processes that train together; 0 and 1 if it trains alone."""
+    """Rank of this process, counted from 0, and number of processes that train together.
+
+    The result is (0, 1) if this process trains alone.
+    """
     if not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
@@ -66,7 +75,7 @@ class Schedule:
     warmup : int
         Number of steps in which the learning rate rises from zero.
     decay_from : float
-        Share of the run after which the learning rate falls to zero along a cosine.
+        Share of the steps after which the learning rate begins to fall to zero along a cosine.
     average : float
         Decay of the exponential moving average of the weights.
     processes : int
@@ -94,11 +103,13 @@ class Schedule:
     def rate(self, step: int) -> float:
         """Learning rate at a step, counted from 1.
 
-        It rises linearly during the warm-up, is then constant, and falls to zero along a cosine after the share
-        `decay_from` of the steps.
+        The learning rate rises linearly during the warm-up, and is then constant. After the share `decay_from` of the
+        steps, the learning rate falls to zero along a cosine.
 
         Examples
         --------
+        This schedule has 1000 steps. Step 50 is halfway through the warm-up, and step 1000 is the last step:
+
         >>> s = Schedule(samples=1000, batch=1, learning_rate=1.0, warmup=100, decay_from=0.5)
         >>> s.rate(50), s.rate(400), round(s.rate(1000), 6)
         (0.5, 1.0, 0.0)
@@ -118,35 +129,35 @@ def train(
     checkpoint_seconds: float = 120.0,
     on_checkpoint: Callable[[M, int], None] | None = None,
 ) -> M:
-    """Train a model and return its averaged copy.
+    """Train a model, and return a copy with the moving average of the weights.
 
     Parameters
     ----------
     model : nn.Module
         Module with all parameters that are trained; `loss` must use this object.
     loss : callable
-        Function of the step number that returns the scalar loss of one batch. Before each call, torch's random
-        generator is seeded with a number that differs for each step and process.
+        Function that takes the step number, counted from 0, and returns the scalar loss of one batch. Before each call,
+        torch's random generator is seeded with a number that differs for each step and process.
     schedule : Schedule
     folder : Path
-        Folder of the checkpoint ``<name>.pt``, from which the training continues if it exists.
+        Folder of the checkpoint ``<name>.pt``. If this checkpoint exists, the training continues from it.
     name : str
         Name of the checkpoint and of the progress bar.
     checkpoint_seconds : float
         Wall-clock seconds between checkpoints.
     on_checkpoint : callable, optional
-        Function of the averaged model and the number of steps done, which is called after each checkpoint, for example
-        to save a sample sheet.
+        Function that is called after each checkpoint, for example to save a sample sheet. The arguments are the
+        averaged model and the number of steps done.
 
     Returns
     -------
     nn.Module
-        The exponential moving average of the weights, in eval mode.
+        Copy of `model` with the exponential moving average of the weights, in eval mode.
 
     Raises
     ------
     SettingError
-        The checkpoint was trained with another number of images per step.
+        The checkpoint was trained with a different number of images per step than `schedule` has.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"

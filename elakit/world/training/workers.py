@@ -11,7 +11,7 @@ R = TypeVar("R")
 
 
 def in_order(task: Callable[..., R], arguments: Sequence[tuple[Any, ...]], workers: int = 0) -> Iterator[R]:
-    """Yield ``task(*a)`` for each tuple of arguments, in their order.
+    """Yield ``task(*a)`` for each tuple ``a`` in `arguments`, in the order of `arguments`.
 
     Parameters
     ----------
@@ -19,7 +19,7 @@ def in_order(task: Callable[..., R], arguments: Sequence[tuple[Any, ...]], worke
         Function defined at the top level of a module, because other processes must be able to import it.
     arguments : sequence of tuple
     workers : int
-        Number of processes; 0 computes in this one.
+        Number of processes that compute. If `workers` is 0, this process computes.
 
     Examples
     --------
