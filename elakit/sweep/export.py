@@ -34,7 +34,7 @@ def export_images(folder: str | Path, out: str | Path | None = None) -> Path:
       of GenEval 2. Each further seed has its own file, such as ``geneval2-seed3.json``.
     - ``t2v_metrics.json``: a list of {"images": [path], "texts": [prompt]}, the argument of ``batch_forward`` of
       t2v_metrics.
-    - ``metadata.csv``: one row per image with file_name, prompt, seed, method, options and settings.
+    - ``images.csv``: one row per image with file_name, prompt, seed, method, options and settings.
     - ``metadata.jsonl``: the same rows, in the format of image folders in Hugging Face data sets.
 
     Images are hard links where the file system allows it, and copies elsewhere.
@@ -96,7 +96,8 @@ def _export_variant(part: pd.DataFrame, place: Path, final: Path) -> None:
     pairs = [{"images": [str(final / row["file_name"])], "texts": [row["prompt"]]} for row in rows]
     write_json(place / "t2v_metrics.json", pairs)
     frame = pd.DataFrame(rows)
-    write_file(place / "metadata.csv", csv_bytes(frame))
+    # Hugging Face's image folder refuses a second file named "metadata"
+    write_file(place / "images.csv", csv_bytes(frame))
     write_text(place / "metadata.jsonl", frame.to_json(orient="records", lines=True, force_ascii=False))
 
 

@@ -55,7 +55,7 @@ def background(
     Raises
     ------
     SettingError
-        The kind that was chosen is unknown.
+        No kind is given, or one of them is unknown.
 
     Examples
     --------
@@ -63,9 +63,11 @@ def background(
     >>> canvas.shape, kind
     ((64, 64, 3), 'stripes')
     """
+    if unknown := [one for one in kinds if one not in KINDS]:
+        raise SettingError(f"Unknown background {unknown[0]!r}. Choose from {', '.join(KINDS)}.")
+    if not kinds:
+        raise SettingError(f"No kind of background is given. Choose from {', '.join(KINDS)}.")
     kind = str(rng.choice(kinds))
-    if kind not in KINDS:
-        raise SettingError(f"Unknown background {kind!r}. Choose from {', '.join(KINDS)}.")
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)[..., None] / size
     tone = _tone(avoid, rng)
     if kind == "plain":

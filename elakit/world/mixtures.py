@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from elakit import checks
 from elakit.errors import SettingError
 from elakit.world.backgrounds import background
 from elakit.world.layouts import Place, posed
@@ -69,7 +70,8 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
     Raises
     ------
     SettingError
-        The kind is unknown, or no placement was found in which both things are visible enough.
+        The kind is unknown, the number of subjects is not 2 or 3, or no placement was found in which both things are
+        visible enough.
 
     Examples
     --------
@@ -80,6 +82,8 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
     """
     if kind not in (*KINDS, "occluded"):
         raise SettingError(f"Unknown kind of mixture {kind!r}. Choose from {', '.join((*KINDS, 'occluded'))}.")
+    if not 2 <= len(subjects) <= 3:
+        raise SettingError(f"A mixture has two or three subjects, not {len(subjects)}.")
     alone = len(subjects) == 2
     for _ in range(TRIES):
         sprites = [sprite_of(s, world, rng) for s in subjects]
@@ -122,7 +126,21 @@ def sample_mixture(world: World, rng: np.random.Generator, kinds: tuple[str, ...
     Returns
     -------
     Mixture
+
+    Raises
+    ------
+    SettingError
+        No kind is given, a kind is unknown, or all scenes of the world have one entity.
     """
+    if not kinds:
+        raise SettingError(f"No kind of mixture is given. Choose from {', '.join((*KINDS, 'occluded'))}.")
+    for one in kinds:
+        checks.choice(one, "kind", (*KINDS, "occluded"), owner="sample_mixture")
+    if not any(world.entities[1:]):
+        raise SettingError(
+            "All scenes of this world have one entity, but a mixture needs two. Give World(entities=...) a share of "
+            "scenes with two."
+        )
     kind = str(rng.choice(kinds))
     while True:
         subjects = sample_subjects(world, rng)

@@ -43,6 +43,7 @@ from elakit.world.vocabulary import ANIMALS, COLORS, NATURAL_COLOR, NOUNS, artic
 
 SPRITE_SIZE = 160  # pixels; larger than any entity in a 128 px scene
 MOST_ENTITIES = 4
+MOST_DRAWS = 10_000  # random sets of nouns before the search for one without a held-out pair is given up
 TRIES = 40  # placements of a layout before another layout is chosen
 LARGEST_LAYOUT = 0.4  # no layout may have a larger share of the pairs, or a method could rely on it
 
@@ -352,15 +353,25 @@ def sample_subjects(world: World, rng: np.random.Generator, layout: str | None =
     Returns
     -------
     tuple of Subject
+
+    Raises
+    ------
+    SettingError
+        No nouns were found of which every two may be shown together, because `World.held_out` is too large.
     """
     held_out = world.held_out_pairs()
     count = 2 if layout else 1 + int(rng.choice(len(world.entities), p=world.entities))
-    while True:
+    for _ in range(MOST_DRAWS):
         nouns = [str(noun) for noun in rng.choice(NOUNS, count, replace=False)]
         if layout and not fits(layout, nouns[0], nouns[1]):
             continue
         if not any(frozenset(pair) in held_out for pair in itertools.combinations(nouns, 2)):
             return tuple(Subject(noun, _sample_color(noun, world, rng)) for noun in nouns)
+    what = f"{count} nouns" + (f" for the layout {layout!r}" if layout else "")
+    raise SettingError(
+        f"World(held_out={world.held_out}): {MOST_DRAWS} random draws gave no {what} of which every two may be shown "
+        "together. Lower held_out."
+    )
 
 
 def _sample_color(noun: str, world: World, rng: np.random.Generator) -> str | None:

@@ -172,8 +172,10 @@ def test_geneval_2_and_t2v_metrics_find_prompts_and_images(kept: Path, tmp_path:
     pairs = json.loads((out / "t2v_metrics.json").read_text())
     assert len(pairs) == 40
     assert all(len(pair["images"]) == len(pair["texts"]) == 1 and Path(pair["images"][0]).is_file() for pair in pairs)
-    rows = list(csv.DictReader((out / "metadata.csv").open()))
+    rows = list(csv.DictReader((out / "images.csv").open()))
     lines = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    # a second file of this name, in another format, is an error for the image folders of Hugging Face
+    assert [path.name for path in out.glob("metadata.*")] == ["metadata.jsonl"]
     assert [row["file_name"] for row in rows] == [line["file_name"] for line in lines]
     assert {(row["method"], row["seed"]) for row in rows} == {("ela", "1"), ("ela", "3")}
 

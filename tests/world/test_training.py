@@ -17,6 +17,7 @@ from torch import nn
 from training_line import fit, fit_together
 
 from elakit.errors import SettingError
+from elakit.world.scenes import World
 from elakit.world.tokenizer import train_tokenizer
 from elakit.world.training.config import Config, read_config
 
@@ -411,6 +412,44 @@ def test_scenes_that_other_processes_compose_ahead_are_the_same(config: Path, tm
         for name, value in vars(alone).items():
             assert torch.equal(getattr(ahead, name), value), name
     assert len(list((tmp_path / "ahead" / "scenes").glob("*.pt"))) == 3
+
+
+def test_kept_scenes_of_other_settings_are_composed_again(config: Path, tmp_path: Path) -> None:
+    from elakit.world.training import autoencoder
+    from elakit.world.training.encoded import Encoded, GrowingScenes
+
+    settings = read_config(config)
+    settings = dataclasses.replace(settings, denoiser=dataclasses.replace(settings.denoiser, scenes=4, first_scenes=4))
+    torch.manual_seed(0)
+    vae = autoencoder.build(settings).eval()
+    tokenizer = train_tokenizer(settings.text.vocabulary, settings.text.positions)
+
+    def batch(used: Config, folder: str, model: Any) -> Encoded:
+        torch.manual_seed(1)
+        return GrowingScenes(used, tmp_path / folder, model, tokenizer, torch.device("cpu")).batch(0, 8)
+
+    def same(one: Encoded, other: Encoded) -> bool:
+        return all(torch.equal(value, getattr(other, name)) for name, value in vars(one).items())
+
+    first = batch(settings, "kept", vae)
+    written = (tmp_path / "kept" / "scenes" / "0000.pt").stat().st_mtime_ns
+    assert same(batch(settings, "kept", vae), first)
+    assert (tmp_path / "kept" / "scenes" / "0000.pt").stat().st_mtime_ns == written  # read, not made again
+    changed = dataclasses.replace(settings, world=dataclasses.replace(settings.world, natural=1.0, shadow=0.9))
+    assert not same(batch(changed, "kept", vae), first)
+    assert same(batch(changed, "kept", vae), batch(changed, "new", vae))
+    other = autoencoder.build(settings).eval()
+    assert same(batch(changed, "kept", other), batch(changed, "newer", other))
+
+
+def test_crowds_of_other_settings_are_composed_again(tmp_path: Path) -> None:
+    from elakit.world.training.data import cached_crowds
+
+    world, file = World(artists=("noto",)), tmp_path / "crowds.npz"
+    cached_crowds(dataclasses.replace(world, mirrored=1.0), 2, 0, file)
+    assert np.array_equal(
+        cached_crowds(world, 2, 0, file).images, cached_crowds(world, 2, 0, tmp_path / "new.npz").images
+    )
 
 
 @pytest.mark.parametrize("least", [-0.1, 0.6])

@@ -23,6 +23,7 @@ from elakit.errors import SettingError
 from elakit.judge.color import name_color
 from elakit.world.art import drawings, rasterize
 from elakit.world.backgrounds import KINDS as KINDS_OF_BACKGROUND
+from elakit.world.backgrounds import background
 from elakit.world.layouts import (
     FOUR_LAYOUTS,
     PAIR_LAYOUTS,
@@ -34,9 +35,9 @@ from elakit.world.layouts import (
     pair_places,
     worn_places,
 )
-from elakit.world.mixtures import KINDS, compose_mixture
+from elakit.world.mixtures import KINDS, compose_mixture, sample_mixture
 from elakit.world.recolor import PAINTS, recolor, rule_for
-from elakit.world.scenes import FREE_WORDINGS, RELATION_WORDS, Subject, World, caption, compose, sample
+from elakit.world.scenes import FREE_WORDINGS, RELATION_WORDS, Subject, World, caption, compose, sample, sample_subjects
 from elakit.world.spoiled import KINDS as KINDS_OF_SPOILED
 from elakit.world.spoiled import sample_spoiled
 from elakit.world.tokenizer import train_tokenizer
@@ -101,6 +102,24 @@ def test_colors_come_out_as_asked() -> None:
         for scene in [compose((Subject(noun, color),), SMALL_FLUENT, rng)]
     ]
     assert np.mean(right) >= 0.95
+
+
+def test_a_world_that_cannot_give_what_is_asked_for_is_refused_and_not_searched_forever() -> None:
+    rng = np.random.default_rng(0)
+    apart = World(artists=("noto",), held_out=1.0, entities=(0.0, 1.0))
+    with pytest.raises(SettingError, match=r"World\(held_out=1.0\).*2 nouns of which every two.*Lower held_out"):
+        sample_subjects(apart, rng)
+    alone = World(artists=("noto",), entities=(1.0,))
+    with pytest.raises(SettingError, match="All scenes of this world have one entity"):
+        sample_mixture(alone, rng)
+    with pytest.raises(SettingError, match=r"kind='melted'.*'halves'"):
+        sample_mixture(World(artists=("noto",)), rng, kinds=("halves", "melted"))
+    with pytest.raises(SettingError, match="two or three subjects, not 1"):
+        compose_mixture((Subject("cat"),), "halves", alone, rng)
+    with pytest.raises(SettingError, match="No kind of background is given"):
+        background((), [], 64, rng)
+    with pytest.raises(SettingError, match="Unknown background 'sea'"):
+        background(("plain", "sea"), [], 64, rng)
 
 
 def test_held_out_pairs_are_never_shown_together() -> None:

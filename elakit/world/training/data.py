@@ -127,7 +127,7 @@ def cached_crowds(world: World, count: int, seed: int, path: Path, workers: int 
     The file is read if it was made with the same settings. Otherwise, the scenes are composed, and the file is
     replaced. `workers` processes compose the scenes in parts. If `workers` is 0, this process composes the scenes.
     """
-    made_with = repr((world.size, world.artists, world.views, world.backgrounds, world.shadow, count, seed, CROWD_PART))
+    made_with = repr((world, count, seed, CROWD_PART))
     if path.exists():
         with np.load(path) as kept:
             if str(kept["made_with"]) == made_with:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -125,14 +127,28 @@ class GrowingScenes:
         )
 
     def _chunk(self, number: int) -> Encoded:
+        """Chunk of the given number, read from its file if that was made with the present settings, else composed."""
         path = self._path(number)
-        if not path.exists():
-            composed = self._composed(number)
-            data = encode(composed, self._vae, self._tokenizer, self._device)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(path) as part:
-                torch.save(vars(data), part)
-        return Encoded(**torch.load(path, weights_only=True))
+        if path.exists():
+            kept = torch.load(path, weights_only=True)
+            if kept.pop("made_with", None) == self._made_with:
+                return Encoded(**kept)
+            path.unlink()
+        data = encode(self._composed(number), self._vae, self._tokenizer, self._device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as part:
+            torch.save(vars(data) | {"made_with": self._made_with}, part)
+        return data
+
+    @cached_property
+    def _made_with(self) -> str:
+        """Fingerprint of all that a chunk depends on: world, size of the chunk, autoencoder and tokenizer."""
+        settings = self._config.denoiser
+        size, words = min(settings.chunk, settings.scenes), sorted(self._tokenizer.get_vocab().items())
+        found = hashlib.sha256(repr((self._config.world, size, words, self._tokenizer.model_max_length)).encode())
+        for name, value in self._vae.state_dict().items():
+            found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:04d}.pt"
