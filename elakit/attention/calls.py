@@ -178,7 +178,7 @@ class _Mode(TorchFunctionMode):
 
 
 def _causal(call: AttentionCall) -> Tensor:
-    """Mask of a call with which each query also sees only the keys up to its own position."""
+    """Mask of an attention call, extended so that each query sees only the keys up to its own position."""
     sides = call.query.shape[-2], call.key.shape[-2]
     past = torch.ones(sides, dtype=torch.bool, device=call.query.device).tril()
     if call.mask is None:

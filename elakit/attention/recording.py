@@ -169,7 +169,7 @@ class Recording:
         Parameters
         ----------
         keys : {"text", "image"}
-            "text" returns the nodes of the attention to the text (maps). "image" returns the nodes of self-attention.
+            "text" returns the nodes with the attention to the text. "image" returns the nodes with self-attention.
 
         Returns
         -------

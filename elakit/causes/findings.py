@@ -248,7 +248,7 @@ class Findings:
 
     @property
     def failing(self) -> tuple[int, ...]:
-        """Seeds of the runs with a failure of another kind than "duplicated", which alone makes no image wrong."""
+        """Seeds of the runs with a failure, not counting the kind "duplicated", which does not make an image wrong."""
         return self._with("missing", "fused", "wrong attribute", "lost attribute")
 
     def _with(self, *kinds: FailureKind) -> tuple[int, ...]:
@@ -268,7 +268,7 @@ class Findings:
     def verdict(self) -> str:
         """One or two sentences: the number of images that fail, and the most likely cause, if one was found.
 
-        If images only show an entity too often, their number is stated instead.
+        If no image fails, but some show an entity more often than the prompt asks, the number of these is stated.
         """
         count, failing = len(self.seeds), len(self.failing)
         cause = next((cause for cause in self.causes if cause.explains), None)

@@ -248,18 +248,21 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _remedies(diagnosis: DiagnosisData) -> list[Remedy]:
-    """Remedies other than the method: first those in `DEFAULT`, in that order, then the others."""
+    """Remedies of a diagnosis without its method: first those named in `DEFAULT`, in that order, then the others."""
     tried = {one.remedy.name: one.remedy for one in diagnosis.remedies if one.remedy.name != diagnosis.method}
     return [tried[name] for name in (*DEFAULT, *(name for name in tried if name not in DEFAULT)) if name in tried]
 
 
 def _different(remedy: Remedy) -> dict[str, Any] | None:
-    """Options of a remedy that its name does not imply; None if the remedy is a method that elakit does not know."""
+    """Options in which a remedy differs from the method of the same name with its defaults.
+
+    The result is empty for a remedy that is not a guidance method, and None for a method of your own.
+    """
     return changed(remedy.name, remedy.options) if remedy.kind == "guidance" else {}
 
 
 def _remedies_argument(remedies: Sequence[Remedy]) -> list[str]:
-    """Lines of code that pass remedies to `elakit.diagnose`; no line if there are none."""
+    """Lines of Python code with the argument ``remedies`` of `elakit.diagnose`; empty without remedies."""
     if not remedies:
         return []
     if all(_different(one) == {} for one in remedies):

@@ -312,7 +312,7 @@ def _named(values: xr.DataArray, name: str) -> np.ndarray:
         raise SettingError(f"{name} have dimensions {values.dims}; both y and x are needed, or neither.")
     listed = [dim for dim in _LISTS if dim in values.dims] if spatial else []
     if len(listed) > 1:
-        raise SettingError(f"{name} have dimensions {values.dims}; only one of {', '.join(listed)} may be among them.")
+        raise SettingError(f"{name} have dimensions {values.dims}. Keep only one of {', '.join(listed)}.")
     return np.asarray(values.transpose(..., *listed, *spatial).values)
 
 

@@ -280,9 +280,9 @@ def _component_class(value: Any) -> Any:
 def _fast_tokenizer(value: Any, folder: Path) -> Any:
     """Load a tokenizer from a folder whose only tokenizer file is ``tokenizer.json``.
 
-    Releases of transformers before 5 can read such a folder only with the "Fast" variant of the tokenizer's class. In
-    all other cases the result is None, and the pipeline loads the tokenizer itself. ``value`` is the tokenizer's entry
-    in ``model_index.json``.
+    With transformers 5 or later, or with another tokenizer file in the folder, the result is None: the pipeline can
+    then load the tokenizer itself. Earlier releases of transformers can read ``tokenizer.json`` only with the "Fast"
+    variant of the tokenizer's class. ``value`` is the value for the tokenizer in ``model_index.json``.
     """
     import transformers  # slow to import
 

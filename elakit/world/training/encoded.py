@@ -127,7 +127,10 @@ class GrowingScenes:
         )
 
     def _chunk(self, number: int) -> Encoded:
-        """Chunk of the given number, read from its file if that was made with the present settings, else composed."""
+        """Chunk with the given number.
+
+        It is read from its file if the file was made with the present settings. Otherwise it is composed and written.
+        """
         path = self._path(number)
         if path.exists():
             kept = torch.load(path, weights_only=True)
@@ -142,7 +145,7 @@ class GrowingScenes:
 
     @cached_property
     def _made_with(self) -> str:
-        """Fingerprint of all that a chunk depends on: world, size of the chunk, autoencoder and tokenizer."""
+        """Hash of everything that determines the content of a chunk: world, size, autoencoder and tokenizer."""
         settings = self._config.denoiser
         size, words = min(settings.chunk, settings.scenes), sorted(self._tokenizer.get_vocab().items())
         found = hashlib.sha256(repr((self._config.world, size, words, self._tokenizer.model_max_length)).encode())
@@ -198,9 +201,9 @@ def encode(composed: Composed, vae: Any, tokenizer: CLIPTokenizer, device: torch
 
 
 def _classes(scene: Scene, side: int) -> np.ndarray:
-    """Class of a scene at the center of each latent location, uint8, (side, side).
+    """What a scene shows at the center of each latent location, as class numbers, uint8, (side, side).
 
-    The class is 0 for the background, and 1 + index of the noun in ``NOUNS`` for a thing.
+    The number is 0 for the background, and 1 + index of the noun in ``NOUNS`` for a thing.
     """
     found = np.zeros(scene.image.shape[:2], np.uint8)
     for entity in scene.entities:
