@@ -48,8 +48,8 @@ class Observation(NamedTuple):
         Label of a second entity. If two entities are fused, `entity` and `other` are these two. If `entity` has an
         attribute of another entity, `other` is that entity. In all other cases "".
     token : str
-        Label of the attribute that `entity` has wrongly or has lost, or of a token that takes the attention in the
-        region of `entity`; "" if there is none.
+        Label of a token: the attribute that `entity` has wrongly or has lost, or the word that takes the attention in
+        the region of `entity`; "" if there is none.
     """
 
     kind: FailureKind

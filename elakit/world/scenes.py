@@ -338,7 +338,7 @@ def caption(
 
 
 def sample_subjects(world: World, rng: np.random.Generator, layout: str | None = None) -> tuple[Subject, ...]:
-    """Random subjects for a scene, whose number and colors follow the settings of a world.
+    """Random subjects for a scene; their number and colors follow the settings of a world.
 
     Two nouns that the world never shows together (`World.held_out_pairs`) are not chosen for the same scene.
 
@@ -357,7 +357,7 @@ def sample_subjects(world: World, rng: np.random.Generator, layout: str | None =
     Raises
     ------
     SettingError
-        No nouns were found of which every two may be shown together, because `World.held_out` is too large.
+        No set of nouns was found in which every pair may be shown together: `World.held_out` is too large.
     """
     held_out = world.held_out_pairs()
     count = 2 if layout else 1 + int(rng.choice(len(world.entities), p=world.entities))
@@ -367,10 +367,10 @@ def sample_subjects(world: World, rng: np.random.Generator, layout: str | None =
             continue
         if not any(frozenset(pair) in held_out for pair in itertools.combinations(nouns, 2)):
             return tuple(Subject(noun, _sample_color(noun, world, rng)) for noun in nouns)
-    what = f"{count} nouns" + (f" for the layout {layout!r}" if layout else "")
+    suits = f" and that suits the layout {layout!r}" if layout else ""
     raise SettingError(
-        f"World(held_out={world.held_out}): {MOST_DRAWS} random draws gave no {what} of which every two may be shown "
-        "together. Lower held_out."
+        f"World(held_out={world.held_out}): among {MOST_DRAWS} random sets of {count} nouns, there is none in which "
+        f"every pair may be shown together{suits}. Lower held_out."
     )
 
 

@@ -107,7 +107,9 @@ def test_colors_come_out_as_asked() -> None:
 def test_a_world_that_cannot_give_what_is_asked_for_is_refused_and_not_searched_forever() -> None:
     rng = np.random.default_rng(0)
     apart = World(artists=("noto",), held_out=1.0, entities=(0.0, 1.0))
-    with pytest.raises(SettingError, match=r"World\(held_out=1.0\).*2 nouns of which every two.*Lower held_out"):
+    with pytest.raises(
+        SettingError, match=r"World\(held_out=1.0\).*random sets of 2 nouns, there is none.*Lower held_out"
+    ):
         sample_subjects(apart, rng)
     alone = World(artists=("noto",), entities=(1.0,))
     with pytest.raises(SettingError, match="All scenes of this world have one entity"):
