@@ -75,12 +75,13 @@ class InitNO(ReadsOneSize):
     learning_rate : float
         Learning rate of Adam in the search for the noise; 0.01 in the official code.
     rounds : int
-        Largest number of rounds of the search, each with different initial noise; 5 in the official code.
+        Largest number of rounds of the search, each of which starts from other noise; 5 in the official code.
     iterations : int
         Largest number of passes per round; 10 in the official code.
     last_iterations : int
         Largest number of passes of one more round; 50 in the official code. This round takes place only if no noise
-        was accepted before. It starts from the initial noise of the round that ended with the lowest score.
+        was accepted before. It starts from the same noise as the best earlier round. The module
+        `elakit.guidance.initno` defines the score by which rounds are compared.
     stop_cross : float
         Threshold of the cross term, which is 1 minus the attention of the least attended entity; 0.2 in the official
         code. Noise is accepted if the cross term and the conflict term are both below their thresholds. A refinement
