@@ -29,6 +29,7 @@ from elakit.measures.overlap import (
     ruzicka,
     symmetric_kl,
 )
+from elakit.numbering import plural
 from elakit.regions import Regions, step_labels, steps_first
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def measure(
     names = _labels(maps, "maps")
     steps = step_labels(maps)
     if not len(steps):
-        raise SettingError("maps contain no complete step; record at least one.")
+        raise SettingError("maps contain no complete step; give maps of at least one step.")
     masks = _regions_of(regions, names, steps)
     values = maps.values
     matrix = leakage(values, masks)
@@ -355,14 +356,15 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
         )
     if set(truth.dims) != {"entity", "y", "x"}:
         raise SettingError(
-            f"truth has dimensions {truth.dims}; (entity, y, x) are needed, because an image has no steps: give one "
-            "mask per entity of the finished image."
+            f"truth has the dimensions ({', '.join(map(str, truth.dims))}); give one mask per entity of the finished "
+            "image, with the dimensions (entity, y, x) and without steps."
         )
     default = [f"entity {i}" for i in range(truth.sizes["entity"])]
     labels = [str(label) for label in truth["entity"].values] if "entity" in truth.coords else default
     if sorted(labels) != sorted(entities):
         raise SettingError(
-            f"truth has the entities {labels}, but maps have {list(entities)}; both must have the same entities."
+            f"truth has the entities {labels}, but maps have {list(entities)}; give one mask for each entity of the "
+            "maps."
         )
     masks = as_masks(truth, "truth")[[labels.index(label) for label in entities]]
     (rows, columns), (high, wide) = size, masks.shape[-2:]
@@ -448,7 +450,8 @@ def _add_attributes(
         return None
     if not np.array_equal(step_labels(attributes), steps):
         raise SettingError(
-            f"attributes have steps {step_labels(attributes)}, but maps have {steps}; give the same steps of both."
+            f"attributes have {_steps_text(step_labels(attributes))}, but maps have {_steps_text(steps)}; give the "
+            "same steps of both."
         )
     if attributes.shape[-2:] != values.shape[-2:]:
         raise SettingError(
@@ -457,11 +460,15 @@ def _add_attributes(
         )
     if missing := [word for word in words if word not in (owners or {})]:
         raise SettingError(
-            f"attributes {missing} have no owner; pass owners={{attribute: entity}} with the entities {names}."
+            f"owners has no entity for {', '.join(map(repr, missing))}; pass owners={{{missing[0]!r}: entity, ...}}, "
+            f"where each entity is one of {', '.join(map(repr, names))}."
         )
     assert owners is not None
     if unknown := sorted({owners[word] for word in words} - set(names)):
-        raise SettingError(f"owners {unknown} are not entities of the maps; the entities are {names}.")
+        raise SettingError(
+            f"owners contains {', '.join(map(repr, unknown))}; give entities of the maps: "
+            f"{', '.join(map(repr, names))}."
+        )
     own = [names.index(owners[word]) for word in words]
 
     matrix = leakage(attributes.values, masks)
@@ -547,17 +554,18 @@ def _regions_of(regions: xr.DataArray | Regions, names: list[str], steps: np.nda
         )
     if set(regions.dims) not in ({"step", "entity", "y", "x"}, {"entity", "y", "x"}):
         raise SettingError(
-            f"regions have dimensions {regions.dims}; (step, entity, y, x) or (entity, y, x) are needed, such as "
-            "elakit.regions.localize_steps(maps) returns."
+            f"regions have the dimensions ({', '.join(map(str, regions.dims))}); give (step, entity, y, x) or "
+            "(entity, y, x), such as elakit.regions.localize_steps(maps) returns."
         )
     found = _labels(regions, "regions")
     if sorted(found) != sorted(names):
         raise SettingError(
-            f"regions have the entities {found}, but maps have {names}; both must have the same entities."
+            f"regions have the entities {found}, but maps have {names}; give one region for each entity of the maps."
         )
     if "step" in regions.dims and not np.array_equal(step_labels(regions), steps):
         raise SettingError(
-            f"regions have steps {step_labels(regions)}, but maps have {steps}; give the same steps of both."
+            f"regions have {_steps_text(step_labels(regions))}, but maps have {_steps_text(steps)}; give the same "
+            "steps of both."
         )
     regions = regions.isel(entity=[found.index(name) for name in names]).transpose(..., "entity", "y", "x")
     return np.asarray(regions.values)
@@ -569,8 +577,20 @@ def _labels(array: xr.DataArray, what: str) -> list[str]:
     else:
         names = [f"entity {i}" for i in range(array.sizes["entity"])]
     if len(set(names)) < len(names):
-        raise SettingError(f"{what} have the labels {names}; each label must occur once.")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SettingError(
+            f"{what} have the label {twice!r} more than once; give each map or region a label of its own, such as "
+            f"'{twice}#1' and '{twice}#2'."
+        )
     return names
+
+
+def _steps_text(steps: np.ndarray) -> str:
+    """Steps as text, in which ranges of consecutive numbers are joined: "steps 0-4, 10"."""
+    numbers = steps.dtype.kind in "iuf"
+    groups = np.split(steps, np.flatnonzero(np.diff(steps) != 1) + 1 if numbers else range(1, len(steps)))
+    texts = [f"{group[0]}-{group[-1]}" if len(group) > 1 else f"{group[0]}" for group in groups if len(group)]
+    return f"{plural('step', len(steps))} {', '.join(texts)}" if texts else "no steps"
 
 
 def _rest_label(names: list[str]) -> str:
@@ -585,11 +605,14 @@ def _along_step(array: xr.DataArray) -> dict[Any, Any]:
 def _mass(mass: xr.DataArray, what: str, steps: np.ndarray) -> np.ndarray:
     if not isinstance(mass, xr.DataArray) or mass.dims != ("step",):
         if isinstance(mass, xr.DataArray) and "step" in mass.dims:
-            got, remedy = f"has dimensions {mass.dims}", "take the mean over the others"
+            got, remedy = f"has dimensions {mass.dims}", "take the mean over the other dimensions"
         else:
             got = f"has dimensions {mass.dims}" if isinstance(mass, xr.DataArray) else f"has type {type(mass).__name__}"
             remedy = "give one value per step"
         raise SettingError(f"{what} {got}; a DataArray with the single dimension step is needed: {remedy}.")
     if not np.array_equal(step_labels(mass), steps):
-        raise SettingError(f"{what} has steps {step_labels(mass)}, but maps have {steps}; give the same steps of both.")
+        raise SettingError(
+            f"{what} has {_steps_text(step_labels(mass))}, but maps have {_steps_text(steps)}; give the same steps of "
+            "both."
+        )
     return as_array(mass.values, what)

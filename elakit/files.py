@@ -186,8 +186,8 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         return value.item()
     raise TypeError(
-        f"{value!r} cannot be written as JSON, because it is of type {type(value).__name__}. Convert it to numbers, "
-        "text, lists and dictionaries."
+        f"A value of type {type(value).__name__} cannot be written as JSON: {_shown(repr(value))}. Convert it to "
+        "numbers, text, lists and dictionaries."
     )
 
 
@@ -256,7 +256,7 @@ def read_json(path: str | Path, limit: int = MAX_TEXT_BYTES) -> Any:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise OutputError(
-            f"{path} is damaged: it is not valid JSON ({reason}). Restore it or write it again."
+            f"{path} is damaged: it is not valid JSON ({reason}). Restore the file, or write it again."
         ) from error
 
 
@@ -357,7 +357,8 @@ def _rename(new: Path, target: Path) -> None:
         if error.errno not in _TAKEN:
             raise
         raise OutputError(
-            f"{_shown(target)} already exists, and is not replaced. Choose another path, or move what is there."
+            f"{_shown(target)} already exists, and is not replaced. Choose another path, or move the existing file or "
+            "folder."
         ) from error
 
 
@@ -434,7 +435,7 @@ def check_path(path: str | Path, what: str = "report", example: str = "report.ht
     except (OSError, ValueError, RuntimeError) as error:
         raise OutputError(f"{wrong} {_reason(error)}. Choose another path.") from error
     if not os.access(target.parent, os.W_OK):
-        raise OutputError(f"{wrong} the folder {_shown(target.parent)} is not writable. Choose another one.")
+        raise OutputError(f"{wrong} the folder {_shown(target.parent)} is not writable. Choose another folder.")
     return target
 
 

@@ -227,8 +227,8 @@ def generate(
     if hidden := [run.seed for run in runs if run.nsfw]:
         warnings.warn(
             f"The safety checker replaced the {plural('image', len(hidden))} of {plural('seed', len(hidden))} "
-            f"{', '.join(map(str, hidden))}. Replaced images are not judged. Load the pipeline with "
-            "safety_checker=None, or choose other seeds.",
+            f"{', '.join(map(str, hidden))} by {'a black image' if len(hidden) == 1 else 'black images'}. Black images "
+            "are not judged. Load the pipeline with safety_checker=None, or choose other seeds.",
             stacklevel=2,
         )
     return runs[0] if checks.is_whole(seed) else runs
@@ -274,24 +274,24 @@ def _call_arguments(adapter: Adapter, call: Mapping[str, Any] | None, guidance: 
     call = dict(call or {})
     takes_image = _takes_image(adapter, call)
     if guidance is not None and (call or takes_image):
+        other = "use a text-to-image pipeline, and give it no image" if takes_image else "leave call out"
         raise SettingError(
-            f"guidance={guidance.name} is not possible with {kind if takes_image else 'call=...'}: guidance "
-            "computes its own passes of the denoiser, which see neither an image nor further arguments. Generate "
-            "without guidance, or use a text-to-image pipeline."
+            f"guidance={guidance.name} is not possible with {kind if takes_image else 'call=...'}: the denoiser calls "
+            f"of guidance receive neither an image nor further arguments. Leave guidance out, or {other}."
         )
     accepted = inspect.signature(adapter.pipe.__call__).parameters
     for name in call:
         if name in _OWN:
             raise SettingError(
-                f"call={{{name!r}: ...}}: elakit.generate sets this argument itself. Use its own arguments, such as "
-                "steps= and seed=."
+                f"call={{{name!r}: ...}}: elakit.generate sets this argument itself. Use the arguments of "
+                "elakit.generate instead, such as steps= and seed=."
             )
         if name not in accepted:
             allowed = [known for known in accepted if known not in (*_OWN, "self", "kwargs")]
             checks.choice(name, "key in call", allowed)
     if takes_image and call.get("image") is None:
         raise SettingError(
-            f'{kind} needs an image: elakit.generate(pipe, prompt, call={{"image": ...}}). To keep full control, call '
+            f'{kind} needs an image. Pass it in call: elakit.generate(pipe, prompt, call={{"image": ...}}). Or call '
             "the pipeline yourself within `with elakit.record(pipe, prompt) as recording:`."
         )
     return call
@@ -305,12 +305,13 @@ def _check_possible(request: Request) -> None:
     pipe = request.adapter.pipe
     if request.predicted and request.takes_image:
         raise SettingError(
-            f"predicted=True is not possible with {type(pipe).__name__}, which in this call takes an image or "
-            "begins in the middle of the schedule. Leave predicted out, or generate from text alone."
+            f"predicted=True is not possible with an image as input, which {type(pipe).__name__} takes in this call. "
+            "Leave predicted out, or generate from text alone."
         )
     if request.guidance is not None and any(one.is_inference() for one in request.adapter.denoiser.parameters()):
         raise ModelError(
-            "Guidance needs gradients, and this pipeline was loaded within torch.inference_mode(). Load it outside."
+            "Guidance needs gradients, but this pipeline was loaded within torch.inference_mode(). Load the pipeline "
+            "outside torch.inference_mode()."
         )
 
 
@@ -341,8 +342,7 @@ def _warn_if_inactive(guide: Guide, steps: int) -> None:
         warnings.warn(
             f"{guide.method.name} acts at no step of this run ({number_of(steps, 'step')}, "
             f"{number_of(len(guide.prompt.entities), 'entity')}), so the image is the same as without guidance. Use "
-            f"more steps, {''.join(shares)}or a prompt that gives the method something to bind (two entities; for "
-            "syngen, attributes).",
+            f"more steps, {''.join(shares)}or a prompt with two entities (for syngen: with attributes).",
             stacklevel=3,
         )
 
@@ -353,8 +353,8 @@ def _warn_if_skipped(runs: Sequence[Run]) -> None:
     if skipped:
         counts = ", ".join(f"{number_of(count, 'step')} of seed {seed}" for seed, count in skipped.items())
         warnings.warn(
-            f"Some steps were not guided, because the gradient of {runs[0].label}'s loss was NaN or infinite: "
-            f"{counts}. `run.guidance.to_frame()` marks them as skipped. If the model was loaded in half precision, "
-            "load it in float32; in a method of your own, check the loss for divisions by zero.",
+            f"Guidance skipped {counts}, because the gradient of {runs[0].label}'s loss was NaN or infinite. "
+            "`run.guidance.to_frame()` marks the skipped steps. If the model was loaded in half precision, load it in "
+            "float32. In a method of your own, check the loss for divisions by zero.",
             stacklevel=3,
         )

@@ -45,7 +45,10 @@ def lab(
         raise SettingError("JupyterLab is not installed. Install it with  pip install 'elakit[lab]'")
     shipped = notebooks_path()
     if not shipped.is_dir():
-        raise OutputError("This installation has no notebooks. Install elakit again, from a wheel or a whole checkout.")
+        raise OutputError(
+            "This installation of elakit has no notebooks. Install elakit again, from a wheel or from a complete "
+            "checkout of the repository."
+        )
     installed = shipped.parent == Path(__file__).parent
     if folder is None:
         folder = Path("elakit-notebooks") if installed else shipped

@@ -366,7 +366,7 @@ def _one_each(answer: bool | Sequence[bool], images: int) -> list[bool]:
     answers = [bool(answer)] * images if isinstance(answer, bool | np.bool_) else [bool(one) for one in answer]
     if len(answers) != images:
         raise SettingError(
-            f"guide_if gave {number_of(len(answers), 'answer')} for {number_of(images, 'image')}; give True, False, or "
-            "one answer per image."
+            f"guide_if returned {number_of(len(answers), 'value')} for {number_of(images, 'image')}. Return True or "
+            "False for all images, or a list with one value per image."
         )
     return answers

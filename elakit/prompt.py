@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 from elakit.checks import is_whole
 from elakit.english import ARTICLES, load_reader, phrases, plain_english
-from elakit.errors import ModelError, PromptError
+from elakit.errors import ModelError, PromptError, clause
 from elakit.pipeline import HasTokenizer, Pipeline
 from elakit.tokens import (
     Span,
@@ -218,7 +218,7 @@ class Prompt:
                 )
             return (int(which),)
         if not isinstance(which, str):
-            raise PromptError(f"{which!r} names no token. Give a word, a label, an Entity or a position.")
+            raise PromptError(f"{which!r} is not the name of a token. Give a word, a label, an Entity or a position.")
         wanted = which.strip().lower()
         for token in self.tokens:
             if token.label == wanted:
@@ -293,12 +293,13 @@ class Prompt:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PromptError(
-                f"This is not a prompt written by Prompt.to_dict ({error!r}). Parse the text again with elakit.parse."
+                f"The dictionary is not a prompt written by Prompt.to_dict ({type(error).__name__}: {clause(error)}). "
+                "Parse the text of the prompt again with elakit.parse."
             ) from error
 
     @property
     def _choices(self) -> str:
-        return f"Its words are {', '.join(repr(label) for label in self.word_labels)}."
+        return f"Choose from the words of the prompt: {', '.join(repr(label) for label in self.word_labels)}."
 
     def _tokens_of(self, words: Iterable[int], which: str) -> tuple[int, ...]:
         wanted = set(words)
@@ -385,9 +386,7 @@ def parse(text: str | Prompt, pipe: Pipeline | HasTokenizer, nlp: Any = None) ->
     if isinstance(text, Prompt):
         return text if text.matches(pipe) else _for_pipeline(text, pipe)
     if not isinstance(text, str):
-        raise PromptError(
-            f"A prompt is a string or an elakit.Prompt, not {type(text).__name__}: {text!r}. Give a string."
-        )
+        raise PromptError(f"The prompt {text!r} has type {type(text).__name__}. Give a string, or an elakit.Prompt.")
     plain, brackets = _read_brackets(text)
     borders = tuple(sorted({at for span, _ in brackets for at in span if may_split(plain, at)}))
     words = split_words(plain, borders)
@@ -497,12 +496,15 @@ def _check_text(text: str, pipe: Pipeline | HasTokenizer, tokenizer: Any) -> Non
     for name in ("bos_token", "eos_token"):
         special = getattr(tokenizer, name, None)
         if special and special in text:
-            raise PromptError(f"{text!r} contains {special!r}, which the text encoder reads as a boundary: remove it.")
+            raise PromptError(
+                f"{text!r} contains {special!r}, which the text encoder reads as the start or end of the prompt: "
+                "remove it."
+            )
     # A textual inversion with several vectors makes the pipeline encode a text other than this one.
     expand = getattr(pipe, "maybe_convert_prompt", None)
     if callable(expand) and expand(text, tokenizer) != text:
         raise PromptError(
-            f"{text!r} uses a textual inversion with several vectors, whose tokens elakit cannot align yet. Use an "
+            f"{text!r} uses a textual inversion with several vectors, which elakit does not support yet. Use a textual "
             "inversion with one vector."
         )
 
@@ -521,8 +523,8 @@ def _read_brackets(text: str) -> tuple[str, list[tuple[Span, int]]]:
         if character == "[":
             if opened is not None:
                 raise PromptError(
-                    f"Bracket at character {position} of {text!r} opens inside the one at {opened[1]}. Close that "
-                    "one first."
+                    f"Bracket at character {position} of {text!r} opens before the bracket at character {opened[1]} "
+                    "is closed. Close the first bracket before the second opens."
                 )
             opened = (len(plain), position)
         elif character == "]":
@@ -544,7 +546,7 @@ def _in_bracket(text: str, words: Sequence[Span], span: Span, position: int) -> 
     for word in inside:
         if words[word][0] < span[0] or words[word][1] > span[1]:
             cut = text[slice(*words[word])]
-            raise PromptError(f"Bracket at character {position} splits the word {cut!r}: put the whole word inside.")
+            raise PromptError(f"Bracket at character {position} splits the word {cut!r}: enclose the whole word.")
     named = [word for word in inside if names_something(text[slice(*words[word])])]
     # A weight, "[red car:1.3]" or "[(red car:1.3)]", has no letters and drops out here.
     if not named:

@@ -96,8 +96,8 @@ class Run:
     def __post_init__(self) -> None:
         if self.recording is not None and self.recording.frames:
             raise RecordingError(
-                f"A run has one image, but the recording is of videos of {number_of(self.recording.frames, 'frame')}. "
-                "Give one frame and its maps, `recording.frame(0)`."
+                f"A run has one image, but the recording has videos of {number_of(self.recording.frames, 'frame')}. "
+                "Pass one frame as the image, and the maps of this frame as the recording: `recording.frame(index)`."
             )
 
     @property
@@ -246,7 +246,9 @@ class Run:
 
     def _recorded(self) -> Recording:
         if self.recording is None:
-            raise RecordingError("This run was not recorded; generate it with record=True to analyze its attention.")
+            raise RecordingError(
+                f"The {self.label} run with seed {self.seed} was not recorded. Generate it again with record=True."
+            )
         return self.recording
 
     def _maps(self, tokens: str | Sequence[str]) -> xr.DataArray:
@@ -423,7 +425,7 @@ def _check_format(table: Any, folder: Path) -> None:
         )
         raise OutputError(
             f"{folder} was written by {'a newer' if newer else 'an older'} version of elakit: its format is {found!r}, "
-            f"and this version reads {FORMAT}. {step}."
+            f"and this version reads format {FORMAT}. {step}."
         )
 
 
@@ -459,14 +461,19 @@ def _read_trace(folder: Path, traced: Any) -> Trace:
     with _intact(folder / "run.json"):
         trace = Trace.from_dict(traced, masks)
         if any(len(regions) != len(trace.entities) for regions in masks.values()):
-            raise ValueError("regions.npz has regions of another number of entities")
+            raise ValueError(
+                f"it has {number_of(len(trace.entities), 'entity')}, but regions.npz has "
+                f"{number_of(len(next(iter(masks.values()))), 'region')} per step"
+            )
     return trace
 
 
 def _read_image(path: Path) -> Image.Image:
     with Image.open(path, formats=("PNG",)) as file:
         if file.width * file.height > MAX_PIXELS:
-            raise ValueError(f"{file.width} x {file.height} pixels are more than the {MAX_PIXELS:,} that are allowed")
+            raise ValueError(
+                f"the image has {file.width} x {file.height} pixels; at most {MAX_PIXELS:,} pixels are allowed"
+            )
         return file.copy()
 
 
@@ -484,14 +491,14 @@ def _read_regions(path: Path) -> dict[int, np.ndarray]:
             size = math.prod(shape) * dtype.itemsize
             if dtype.kind not in "biu" or size > MAX_REGION_BYTES:
                 raise ValueError(
-                    f"its {name} claims {size:,} bytes of {dtype}; allowed are {MAX_REGION_BYTES:,} bytes of booleans "
-                    "or integers"
+                    f"{name} contains {size:,} bytes of {dtype}; at most {MAX_REGION_BYTES:,} bytes of booleans or "
+                    "integers are allowed"
                 )
     with np.load(path, allow_pickle=False) as arrays:
         masks, steps = arrays["masks"], arrays["steps"]
     if masks.ndim != 4 or masks.dtype != bool or steps.shape != masks.shape[:1]:
         raise ValueError(
-            "masks must be booleans of shape (step, entity, y, x) and steps one number per step, but masks are "
-            f"{masks.dtype} of shape {masks.shape}, and steps have shape {steps.shape}"
+            f"the array masks is {masks.dtype} of shape {masks.shape}, and the array steps has shape {steps.shape}. "
+            "Expected: boolean masks of shape (step, entity, y, x), and one number per step in the array steps"
         )
     return dict(zip(steps.tolist(), masks, strict=True))

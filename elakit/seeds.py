@@ -84,7 +84,7 @@ def parse_seeds(text: str, name: str = "--seeds") -> list[int]:
     >>> parse_seeds("3-0")
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: --seeds 3-0: the range ends before it starts. Give seeds and ranges of seeds, ...
+    elakit.errors.SettingError: --seeds 3-0: the range 3-0 ends before it starts. Give seeds and ranges of seeds, ...
     """
     values: list[int] = []
     for part in text.split(","):
@@ -93,7 +93,7 @@ def parse_seeds(text: str, name: str = "--seeds") -> list[int]:
             raise SettingError(f"{name} {text}: {part.strip()!r} is not a seed or a range of seeds. {_FORM}")
         start, end = (checks.seed(int(word), name) for word in (first, last if dash else first))
         if end < start:
-            raise SettingError(f"{name} {text}: the range ends before it starts. {_FORM}")
+            raise SettingError(f"{name} {text}: the range {part.strip()} ends before it starts. {_FORM}")
         _check_count(len(values) + end - start + 1, name)
         values += range(start, end + 1)
     return seed_list(values, name)

@@ -134,8 +134,8 @@ def bootstrap(
     wholes = np.ones_like(parts) if denominators is None else np.asarray(denominators, dtype=float)
     if parts.shape != wholes.shape or parts.ndim not in (1, 2) or not len(parts):
         raise SettingError(
-            f"numerators of shape {parts.shape} and denominators of shape {wholes.shape}: give arrays of one shape, "
-            "(n,) or (n, columns), with at least one row."
+            f"numerators have the shape {parts.shape}, and denominators have the shape {wholes.shape}. Give arrays of "
+            "the same shape, (n,) or (n, columns), with at least one row."
         )
     level = _level(level)
     resamples = checks.whole_number(resamples, "resamples", 1)
@@ -145,8 +145,8 @@ def bootstrap(
         labels = np.asarray(groups)
         if labels.shape != (len(parts),):
             raise SettingError(
-                f"groups have shape {labels.shape} for {number_of(len(parts), 'row')}: give labels of shape "
-                f"({len(parts)},)."
+                f"groups have the shape {labels.shape}, but numerators have {number_of(len(parts), 'row')}. Give one "
+                f"group per row, in an array of shape ({len(parts)},)."
             )
         position = np.unique(labels, return_inverse=True)[1].reshape(-1)
         parts, wholes = (_sum_by(array, position) for array in (parts, wholes))
@@ -243,7 +243,8 @@ def holm(p_values: Any) -> np.ndarray:
     made = np.flatnonzero(~np.isnan(p))
     if ((p[made] < 0) | (p[made] > 1)).any():
         raise SettingError(
-            f"p_values={p[made].tolist()}: must be numbers from 0 to 1, or NaN for tests that were not performed."
+            f"p_values contain {p[(p < 0) | (p > 1)][0]:g}. Give numbers from 0 to 1, or NaN for tests that were not "
+            "performed."
         )
     order = made[np.argsort(p[made], kind="stable")]
     corrected = np.full(len(p), np.nan)

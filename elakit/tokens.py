@@ -448,8 +448,8 @@ def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) ->
     start = next((at for at in starts if bare and whole[at] == bare[0] and whole[at : at + len(bare)] == bare), None)
     if start is None:
         raise ModelError(
-            f"{type(tokenizer).__name__} reports no usable character offsets, and the tokens of {_shortened(text)!r} "
-            "differ from the tokens of its separate words, so tokens cannot be assigned to words. Load the fast "
+            f"The tokens of {_shortened(text)!r} cannot be assigned to words. {type(tokenizer).__name__} reports no "
+            "usable character offsets, and it gives other tokens if each word is encoded alone. Load the fast "
             "tokenizer of this model (AutoTokenizer with use_fast=True)."
         )
     several = Counter(at for at, _ in alone)

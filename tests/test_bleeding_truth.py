@@ -42,8 +42,8 @@ def test_masks_must_have_the_aspect_ratio_of_the_image():
     [
         (np.stack([CAR, CAR]), "give a Verdict, or masks as"),
         (seen([CAR, CAR], ("car", "dog")), r"truth has the entities \['car', 'dog'\], but maps have \['car', 'bird'\]"),
-        (seen([CAR], ("car",)), "same entities"),
-        (seen([CAR, CAR]).expand_dims(step=2), "an image has no steps"),
+        (seen([CAR], ("car",)), "mask for each entity"),
+        (seen([CAR, CAR]).expand_dims(step=2), "without steps"),
         (seen([CAR, CAR]) * 0.3, "boolean"),
         (localize(np.random.default_rng(0).random((2, 3, 4)), binarization="otsu"), "'entity 0'"),
     ],
@@ -86,7 +86,7 @@ def test_masks_of_the_user_replace_those_of_the_judge(run: Run, monkeypatch: pyt
         np.testing.assert_allclose(shared, np.broadcast_to([0.5, 0.5, 0], shared.shape))
         assert each.measure().truth_leakage is None
         assert each.measure(everywhere).leakage.equals(each.bleeding.leakage)
-    with pytest.raises(SettingError, match="same entities"):
+    with pytest.raises(SettingError, match="mask for each entity"):
         run.measure(corner(run, ("car", "dog")))
     with pytest.raises(RecordingError, match="record=True"):
         generated_run(record=False).measure(everywhere)

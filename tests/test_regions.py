@@ -350,7 +350,7 @@ GOOD = np.ones((2, 3, 4))
 @pytest.mark.parametrize(
     ("maps", "sot", "options", "says"),
     [
-        (GOOD, None, {}, 'pass it as sot=..., or choose another rule, such as binarization="otsu"'),
+        (GOOD, None, {}, 'pass this map as sot=..., or choose another rule, such as binarization="otsu"'),
         (GOOD, np.ones((4, 3)), {}, r"sot has shape \(4, 3\)"),
         (GOOD[0], None, {"binarization": "otsu"}, r"shape \(3, 4\).*\(entity, y, x\)"),
         (3.0, None, {"binarization": "otsu"}, r"\(entity, y, x\)"),
@@ -377,7 +377,7 @@ GOOD = np.ones((2, 3, 4))
         (np.ones((5, 2, 2)), np.ones((2, 2)), {}, "5 entities"),
         (GOOD, GOOD[0], {"keep_components": 0}, "keep_components=0"),
         (GOOD, GOOD[0], {"entities": ["cat"]}, "entities has 1 entry for 2 maps"),
-        (GOOD, GOOD[0], {"entities": ["cat", "cat"]}, "occur more than once"),
+        (GOOD, GOOD[0], {"entities": ["cat", "cat"]}, "'cat' occurs more than once"),
         (GOOD, GOOD[0], {"entities": "cat"}, r"such as \['cat'\]"),
     ],
 )

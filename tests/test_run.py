@@ -275,7 +275,7 @@ def test_regions_that_claim_to_be_huge_are_not_read(folder: Path) -> None:
     with zipfile.ZipFile(folder / "regions.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("masks.npy", header.getvalue() + bytes(1000))
         archive.writestr("steps.npy", steps.getvalue())
-    with pytest.raises(OutputError, match=r"regions\.npz is damaged: .*claims 8,000,000,000 bytes"):
+    with pytest.raises(OutputError, match=r"regions\.npz is damaged: .*contains 8,000,000,000 bytes"):
         open_run(folder)
 
 

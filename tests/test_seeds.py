@@ -33,7 +33,7 @@ def test_seeds_are_written_alone_or_as_ranges(text: str, seeds: list[int]) -> No
         ("-1", "'-1' is not a seed"),
         ("0-", "'0-' is not a seed"),
         ("²", "'²' is not a seed"),
-        ("3-0", "the range ends before it starts"),
+        ("3-0", "the range 3-0 ends before it starts"),
         ("0-3,2", "--seeds=2 is given more than once"),
         ("0-99999999", "--seeds has 100,000,000 seeds; at most 10,000"),
         (f"{2**63}", f"--seeds={2**63}: must be a whole number from 0 to"),

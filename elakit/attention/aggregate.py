@@ -61,8 +61,8 @@ def _node_mean(node: xr.Dataset, channels: Sequence[str], image: int) -> np.ndar
     labels = [str(token) for token in node["token"].values]
     if missing := [channel for channel in channels if channel not in labels]:
         raise RecordingError(
-            f"The recording is damaged: its maps of {node.attrs['size']} have no token {missing[0]!r}, which other "
-            "maps have. Record the run again, or select maps of one size."
+            f"The recording is damaged: its maps of size {node.attrs['size']} have no token {missing[0]!r}, which "
+            "other maps have. Record the run again, or select maps of one size with the argument `size`."
         )
     where = [labels.index(channel) for channel in channels]
     together = where == list(range(where[0], where[0] + len(where)))

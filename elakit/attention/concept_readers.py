@@ -197,8 +197,8 @@ class AtCall(Cross):
 
 def _without_call(layer: AttentionLayer) -> RecordingError:
     return RecordingError(
-        f"Layer {layer.name} ran without calling F.scaled_dot_product_attention, but its attention is read at this "
-        "call. Before `map_concepts`, set the default attention processor of the transformer, and call "
+        f"Layer {layer.name} ran without calling F.scaled_dot_product_attention, the function at which its attention "
+        "is read. Before `map_concepts`, set the default attention processor of the transformer, and call "
         "`pipe.transformer.set_attention_backend('native')`."
     )
 

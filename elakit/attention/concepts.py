@@ -74,8 +74,8 @@ class ConceptMaps:
         ]
         if not calls:
             raise RecordingError(
-                "No maps of concepts were recorded: no step was finished inside the block. Call the pipeline inside "
-                "the `with map_concepts(...)` block."
+                "No maps of concepts were recorded: no step was finished inside the `with map_concepts(...)` block. "
+                "Call the pipeline inside the block."
             )
         sizes = sorted((one for one in calls[0][1] if size is None or max(one) == size), reverse=True)
         if not sizes:
@@ -196,8 +196,8 @@ def map_concepts(
     adapter = adapter_for(pipe)
     if not adapter.encodes:
         raise RecordingError(
-            f"Concepts that are not in the prompt cannot be mapped with {adapter.family} yet. Put the words into the "
-            "prompt, and record the run with `elakit.record`."
+            f"`map_concepts` does not support {adapter.family} yet. Put the concepts into the prompt, and record the "
+            "run with `elakit.record`."
         )
     words = [words] if isinstance(words, str) else list(words)
     chosen = select_layers(adapter.layers(), layers)
@@ -235,8 +235,10 @@ def _reader_of(
     if any(layer.kind == "joint" for layer in adapter.layers()):
         chosen = [layer for layer in chosen if layer.kind == "joint"]
     if not chosen:
+        example = next(layer.name for layer in adapter.layers() if layer.kind == "joint")
         raise RecordingError(
             f"{adapter.family} with layers={asked!r}: no double-stream block is selected, but in this model concepts "
-            "are mapped in double-stream blocks only. Use layers='double', or names of double-stream blocks."
+            "are mapped in double-stream blocks only. Use layers='double', or names of layers in these blocks, such as "
+            f"{example!r}."
         )
     return (TextPass if at_call else Stream), chosen

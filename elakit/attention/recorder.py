@@ -115,7 +115,7 @@ def record(
     if store is not None and spec.device == "model":
         raise SettingError(
             "RecordSpec(device='model') keeps everything on the model's device until the run is over, but a store is "
-            "written during the run. Omit one of the two."
+            "written during the run. Leave out device='model', or the argument `store`."
         )
     with _recorded(_Recorder(adapter, parse(prompt, pipe), spec, None if store is None else free_path(store))) as found:
         yield found
@@ -219,8 +219,8 @@ def _recorded(recorder: _Recorder) -> Iterator[Recording]:
     denoiser = recorder.adapter.denoiser
     if denoiser in _ACTIVE:
         raise RecordingError(
-            "This pipeline is already being recorded. Exit the outer `with record(...)` first; passes that are not to "
-            "be recorded go inside `with paused(pipe)`."
+            "This pipeline is already being recorded. Exit the outer `with record(...)` block first. To run the "
+            "pipeline inside that block without recording it, use `with elakit.attention.paused(pipe):`."
         )
     recording = Recording(recorder.tree)
     with ExitStack() as stack:
@@ -296,7 +296,7 @@ class _Recorder:
             try:
                 self.layers += adapter.self_layers(beside)
             except ModelError as error:
-                raise RecordingError(f"self_attention={spec.self_attention} cannot be recorded: {error}") from error
+                raise RecordingError(f"self_attention={spec.own.size} cannot be recorded: {error}") from error
         self.calls = 0
         self.expected = calls
         self._kept = 0  # calls handed to the sink
@@ -325,8 +325,9 @@ class _Recorder:
             self._begin(seen.adapter, *shape)
         elif shape != self._shape:
             raise RecordingError(
-                f"The recording began with {_shape_text(*self._shape)}, and this call has {_shape_text(*shape)}. "
-                "Record runs that differ in size or number of images in separate `with record(...)` blocks."
+                f"The recording began with {_shape_text(*self._shape)}, but this denoiser call has "
+                f"{_shape_text(*shape)}. Record runs that differ in size or number of images in separate "
+                "`with record(...)` blocks."
             )
         self._call = seen
         self._keeps = self.spec.keeps(self.calls, self.expected)
@@ -456,10 +457,12 @@ class _Recorder:
 
     def _commit(self) -> None:
         if missing := self._places.keys() - self._seen:
+            names = sorted({name for _, name in missing})
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise RecordingError(
-                f"Layers to be recorded did not run: {', '.join(sorted(name for _, name in missing))}. Load LoRA "
-                "weights, fuse or replace parts of the pipeline, and disable caches before the recording, not "
-                "inside it."
+                f"Some layers that are to be recorded did not run: {', '.join(names[:3])}{more}. Do not change "
+                "the pipeline inside the `with record(...)` block. Load LoRA weights, replace parts and disable caches "
+                "before it."
             )
         assert self._sink is not None
         self._sink.commit(self._moment)

@@ -191,7 +191,9 @@ class Recording:
         for node in self.nodes():
             if layer in node["layer"].values:
                 return tuple(head for head in node["head"].values.tolist() if head != "mean")
-        raise RecordingError(f"No layer {layer!r} in the recording; its layers are {', '.join(self.layers)}.")
+        raise RecordingError(
+            f"Layer {layer!r} was not recorded; give one of `recording.layers`, such as {self.layers[0]!r}."
+        )
 
     # -- aggregation ---------------------------------------------------------------------------------------------
 
@@ -276,7 +278,8 @@ class Recording:
         if refine:
             if refine < 0:
                 raise SettingError(
-                    f"refine is {refine}; give 0 for unrefined maps, or a number of propagations, such as 1 or 2."
+                    f"refine is {refine}; give 0 for unrefined maps, or the number of propagations through "
+                    "self-attention, such as 1 or 2."
                 )
             values = refined(values, self._self_node().sel(step=picked[0]["step"].values), image, refine)
         column = {channel: i for i, channel in enumerate(channels)}
@@ -319,8 +322,8 @@ class Recording:
             groups = [self._group(prompt, which) for which in ([tokens] if single else tokens)]
         if not groups:
             raise RecordingError(
-                f"tokens={tokens!r} names nothing in the prompt {prompt.text!r}. Give words of the prompt; 'entities' "
-                "and 'attributes' need a prompt that has some."
+                f"tokens={tokens!r} selects nothing in the prompt {prompt.text!r}. Give one or more words of the "
+                "prompt."
             )
         groups = list({group.label: group for group in groups}.values())
         if normalize == "tokens":
@@ -359,29 +362,33 @@ class Recording:
         try:
             return find_tokens(prompt, which)
         except RecordingError as error:
-            raise RecordingError(f"{error} Recorded: {', '.join(self.tokens)}.") from error
+            raise RecordingError(f"{error} Recorded tokens: {', '.join(self.tokens)}.") from error
 
     def _channels(self, indices: Sequence[int], which: Any) -> tuple[str, ...]:
         """Return the labels of the recorded tokens at the text positions ``indices``.
 
         A `RecordingError` is raised if a position was not recorded. Its message quotes ``which``: the word, label or
-        other argument that stands for these positions.
+        other argument that stands for these positions, or None for every word of the prompt.
         """
         node = self._first()
         pairs = zip(node["token_index"].values, node["token"].values, strict=True)
         by_index = {int(i): str(label) for i, label in pairs}
         missing = [i for i in indices if i not in by_index]
         if missing:
+            what, remedy = f"{which!r} was", "Choose one of these"
+            if which is None:
+                what = "normalize='tokens' is a softmax over every word of the prompt, but some tokens were"
+                remedy = "Choose another value of `normalize`"
             raise RecordingError(
-                f"{which!r} was not recorded ({plural('token position', len(missing))} "
-                f"{', '.join(map(str, missing))}). Recorded: {', '.join(self.tokens)}. Choose one of these, or record "
-                "the run again with RecordSpec(tokens=...)."
+                f"{what} not recorded ({plural('token position', len(missing))} "
+                f"{', '.join(map(str, missing))}). Recorded tokens: {', '.join(self.tokens)}. {remedy}, or record the "
+                "run again with RecordSpec(tokens=...)."
             )
         return tuple(by_index[i] for i in indices)
 
     def _all_words(self) -> tuple[str, ...]:
         indices = [token.index for token in self.prompt.tokens]
-        return self._channels(indices, "normalize='tokens' (a softmax over every word of the prompt)")
+        return self._channels(indices, None)
 
     def self_attention(
         self,
@@ -608,8 +615,8 @@ class Recording:
                 if str(layer) in names
             )
             raise RecordingError(
-                f"size={size}: the selected layers have no maps of this size. Give the longer side of their maps, or "
-                f"select other layers: {elsewhere}."
+                f"size={size}: the selected layers have maps of other sizes only: {elsewhere}. Give the longer side of "
+                "these maps, or select other layers."
             )
         if steps is not None:
             calls = _calls(steps, self.steps)

@@ -332,9 +332,9 @@ class _Changed:
             return None
         if awaited is self:
             raise RecordingError(
-                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, but its scores are "
-                "changed at this call. Before the run, set the default attention processor of the denoiser (the "
-                "pipeline's `unet` or `transformer`), and call its `set_attention_backend('native')`."
+                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, the function at which "
+                "its scores are changed. Before the run, set the default attention processor of the denoiser, and call "
+                "`pipe.transformer.set_attention_backend('native')`, or the same method of `pipe.unet`."
             )
         return None if missing is None else output + missing
 
@@ -458,8 +458,8 @@ class _Changed:
             return None
         if any(change.kept for change in changes.values()):
             raise SettingError(
-                f"Layer {self.layer.name}: weights cannot be kept in a layer that is not of plain cross- or "
-                "self-attention. Leave out `Change.kept`, or use a model with plain cross-attention."
+                f"Layer {self.layer.name} cannot keep attention weights (`Change.kept`), because it is not a plain "
+                "cross- or self-attention layer. Leave out `kept`, or use a model with plain cross-attention."
             )
         bias = self._bias(changes, call.query, queries, keys, first)
         if self.layout is None:

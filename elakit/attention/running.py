@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from elakit.attention.hooks import is_left_alone
-from elakit.errors import ModelError, RecordingError
+from elakit.errors import ModelError, RecordingError, clause
 from elakit.models import Adapter, Call, adapter_for
 from elakit.models.adapter import argument
 from elakit.pipeline import Pipeline
@@ -149,8 +149,8 @@ class Watch:
                 if text != self.prompt.text and not _same_tokens(adapter, text, self.prompt.text):
                     raise RecordingError(
                         f"{type(adapter.pipe).__name__} was called with {name}={text!r}, but the prompt to record or "
-                        f"to edit is {self.prompt.text!r}: the tokens of the run would get the labels of other words. "
-                        "Call the pipeline with `prompt.text`, and give each prompt a `with` block of its own."
+                        f"to edit is {self.prompt.text!r}. Call the pipeline with `prompt.text`, and use a separate "
+                        "`with` block for each prompt."
                     )
 
     def _check_rows(self, states: Tensor) -> None:
@@ -160,14 +160,13 @@ class Watch:
         if self._by_states and len(words) > 1 and bool((states[:, words] == states[:, words[:1]]).all()):
             raise RecordingError(
                 f"The text states (prompt_embeds) are the same for every word of {self.prompt.text!r}, so attention "
-                "cannot tell the words apart. FluxPriorReduxPipeline returns such states if it has no text encoders: "
-                "load it with text encoders and tokenizers and pass prompt=, or encode the prompt with "
-                "`pipe.encode_prompt`."
+                "cannot tell the words apart. Encode the prompt with `pipe.encode_prompt`. To use the text states of "
+                "FluxPriorReduxPipeline, load it with text encoders and tokenizers, and call it with a prompt."
             )
         if len(states) > 1 and not self._agree(states, states[:1]).all():
             raise RecordingError(
-                "The rows of the batch have different text states, so they have different prompts; their tokens would "
-                "get the labels of one prompt. Run the pipeline once per prompt, each in a `with` block of its own."
+                "The batch contains different prompts: its rows have different text states. Run the pipeline once per "
+                "prompt, and use a separate `with` block for each run."
             )
 
     # -- loops without a pipeline ------------------------------------------------------------------------------------
@@ -200,16 +199,16 @@ class Watch:
         assert self.prompt is not None
         if where and where != list(range(where[0], where[-1] + 1)):
             raise RecordingError(
-                f"{type(self.adapter.denoiser).__name__} was called outside a pipeline's call, and the rows {where} of "
-                f"its batch have the text states of {self.prompt.text!r}, with other rows between them. Put the rows "
-                "with these states next to each other."
+                f"{type(self.adapter.denoiser).__name__} was called without a pipeline. In its batch, the rows {where} "
+                f"have the text states of {self.prompt.text!r}, but are not adjacent. Put these rows next to each "
+                "other."
             )
         if not where:
             raise RecordingError(
-                f"{type(self.adapter.denoiser).__name__} was called outside a pipeline's call, and none of its rows "
-                f"has the text states of {self.prompt.text!r}, so elakit cannot determine which rows see the prompt. "
-                "Call the pipeline; or give the denoiser the states that `pipe.encode_prompt(prompt.text, ...)` "
-                "returns; or put passes that do not see the prompt inside `with elakit.attention.paused(pipe):`."
+                f"{type(self.adapter.denoiser).__name__} was called without a pipeline, and no row of its batch has "
+                f"the text states of {self.prompt.text!r}. Call the pipeline, or give the denoiser the text states "
+                "from `pipe.encode_prompt(prompt.text, ...)`. Denoiser calls that do not see this prompt belong "
+                "inside `with elakit.attention.paused(pipe):`."
             )
         return slice(where[0], where[-1] + 1)
 
@@ -220,7 +219,8 @@ class Watch:
                 states = self.adapter.encode(self.prompt.text, guided=False).inputs.get("encoder_hidden_states")
             except (ModelError, AttributeError) as error:
                 raise RecordingError(
-                    f"Denoiser calls outside pipe(...) cannot be recorded or edited; call the pipeline instead. {error}"
+                    f"Denoiser calls outside pipe(...) cannot be recorded or edited: {clause(error)}. Call the "
+                    "pipeline instead."
                 ) from error
             if not isinstance(states, Tensor):
                 raise RecordingError(
@@ -308,7 +308,7 @@ def refuse_caches(denoiser: nn.Module) -> None:
         for hook in getattr(registry, "hooks", {}):
             if any(part in hook for part in _CACHES):
                 raise RecordingError(
-                    f"{type(denoiser).__name__} has a cache ({hook} at {name or 'the top'}): in some calls the cached "
-                    "layers do not run and have no attention to record or edit. Disable it first, for example with "
-                    "`pipe.transformer.disable_cache()`."
+                    f"{type(denoiser).__name__} has a cache ({hook}{f' at {name}' if name else ''}). With a cache, "
+                    "layers are skipped in some denoiser calls, so their attention cannot be recorded or edited. "
+                    "Disable the cache first, for example with `pipe.transformer.disable_cache()`."
                 )

@@ -76,14 +76,14 @@ def select_layers(layers: Sequence[L], pattern: str | Sequence[str] = "all") -> 
         fitting = {layer.name for layer in layers if each in ("all", layer.place) or fnmatchcase(layer.name, each)}
         if not fitting:
             names = "\n  ".join(layer.name for layer in layers)
-            places = ", ".join(dict.fromkeys(layer.place for layer in layers))
+            places = ", ".join(map(repr, dict.fromkeys(layer.place for layer in layers)))
             raise RecordingError(
-                f"No layer matches {each!r}. Give 'all', a place of this model ({places}), or a pattern such as "
-                f"'up_blocks.1.*' that matches some of these names:\n  {names}"
+                f"No layer matches {each!r}. Give 'all', {places}, or names of layers, in which * stands for any text. "
+                f"The names are:\n  {names}"
             )
         chosen |= fitting
     if not chosen:
-        raise RecordingError("No layer is selected; give 'all', a place such as 'up', or a pattern of names.")
+        raise RecordingError("No layer is selected: the list of layers is empty. Give 'all', or names of layers.")
     return tuple(layer for layer in layers if layer.name in chosen)
 
 
@@ -613,8 +613,8 @@ class RecordSpec:
             ways.append("steps=5 (every fifth step)")
         if not self.accumulate:
             ways.append("accumulate=True")
-        less = f"Keep less with RecordSpec({' or '.join(ways)}), or allow" if ways else "Allow"
-        return f"{less} it with budget={plan.bytes}."
+        less = f"To record less, set {' or '.join(ways)} in the RecordSpec. " if ways else ""
+        return f"{less}To record all of it, set budget={plan.bytes}."
 
 
 def _by_size(layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> dict[tuple[int, int], list[AttentionLayer]]:
@@ -648,15 +648,14 @@ def _heads_of(heads: Any, size: tuple[int, int], members: Sequence[AttentionLaye
     if not isinstance(heads, str):
         if max(heads) >= min(counts):
             raise RecordingError(
-                f"heads={list(heads)}: some layers of size {size_name(size)} have only "
-                f"{number_of(min(counts), 'head')}, counted from 0. List heads that all layers have, or select other "
-                "layers."
+                f"heads={list(heads)}: some layers with maps of size {size_name(size)} have only "
+                f"{number_of(min(counts), 'head')}. Give indices below {min(counts)}, or select other layers."
             )
         return len(heads)
     if len(counts) > 1:
         raise RecordingError(
-            f"Layers of size {size_name(size)} have different numbers of heads; record heads='mean', or select layers "
-            "with the same number."
+            f"heads={heads!r}: layers with maps of size {size_name(size)} have different numbers of heads "
+            f"({', '.join(map(str, sorted(counts)))}). Use heads='mean', or select layers with equally many heads."
         )
     return members[0].heads
 

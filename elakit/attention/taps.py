@@ -131,8 +131,8 @@ def check_processor(layer: AttentionLayer) -> None:
             f"Layer {layer.name} has the attention processor {processor.__module__}.{processor.__qualname__}, which is "
             "not from diffusers: it may change attention scores in a way that cannot be read. Set a processor from "
             "diffusers, for example with "
-            "`pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())`, and change "
-            "scores with `elakit.attention.edit`."
+            "`pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())`. To change "
+            "scores, use `elakit.attention.edit`."
         )
 
 
@@ -180,7 +180,7 @@ class _Tap:
             if getattr(module, name, None) is not projection:
                 raise RecordingError(
                     f"{name} of layer {self.layer.name} was replaced inside the recording. Load LoRA weights, fuse "
-                    "projections or replace parts of the pipeline before the block, not inside it."
+                    "projections or replace parts of the pipeline before the `with` block, not inside it."
                 )
         self.mask = argument(args, kwargs, 2, "attention_mask") if self.layer.takes_mask else ADDED_SCORES.get(module)
         self.rotary = kwargs.get("image_rotary_emb")
@@ -204,10 +204,10 @@ class _Tap:
         needed = {"query", "key"} | ({"text_key"} if self.layer.kind == "joint" else set())
         if missing := needed - self.parts.keys():
             raise RecordingError(
-                f"Layer {self.layer.name} ran, but elakit did not see its projections ({', '.join(sorted(missing))}): "
-                f"its {type(getattr(self.layer.module, 'processor', None)).__name__} cannot be read, or projections "
-                "were fused or replaced inside the recording. Fuse or replace projections before the recording, or set "
-                "the default attention processor."
+                f"Layer {self.layer.name} ran without calling its projections ({', '.join(sorted(missing))}). Either "
+                f"{type(getattr(self.layer.module, 'processor', None)).__name__} does not call them, or they were "
+                "fused or replaced inside the recording. Fuse or replace projections before the recording, or set the "
+                "default attention processor."
             )
         try:
             self.on_attention(self.layer, self.attend, self.size)
@@ -238,8 +238,8 @@ class _Tap:
         if query.shape[1] != locations:
             raise RecordingError(
                 f"Layer {self.layer.name} attends from {query.shape[1]} positions, but its maps have {self.size[0]} x "
-                f"{self.size[1]} locations: positions were merged (ToMe) or added. Undo that before the block (for "
-                "ToMe: `tomesd.remove_patch(pipe)`, or `merge_crossattn=False`)."
+                f"{self.size[1]} locations: positions were merged (ToMe) or added. Undo this change before the "
+                "`with` block. For ToMe, call `tomesd.remove_patch(pipe)`, or apply it with `merge_crossattn=False`."
             )
         mask = scores_mask(self.mask, self.layer, batch, key.shape[1])
         if (late := LATE_SCORES.get(self.layer.module)) is not None:
@@ -391,9 +391,9 @@ class _Capture:
         self.running = False
         if self.call is None:
             raise RecordingError(
-                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, but its attention is "
-                "read at this call. Before the recording, set the default attention processor of the transformer, and "
-                "call `pipe.transformer.set_attention_backend('native')`."
+                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, the function at which "
+                "its attention is read. Before the recording, set the default attention processor of the transformer, "
+                "and call `pipe.transformer.set_attention_backend('native')`."
             )
         try:
             self.on_attention(self.layer, self.attend, self.layout.size)

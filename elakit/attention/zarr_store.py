@@ -38,6 +38,7 @@ from elakit.attention.layout import DIMENSIONS, FORMAT, Layout, LazyArray, Momen
 from elakit.attention.sinks import over_budget
 from elakit.errors import OutputError, PromptError, RecordingError
 from elakit.files import read_json, replace_folder, unwritable, write_file
+from elakit.numbering import number_of
 from elakit.prompt import Prompt
 
 # Number of steps whose call, timestep and sigma share a file.
@@ -183,7 +184,7 @@ def open_tree(path: Path) -> xr.DataTree:
         attributes = _root_attributes(described[".zattrs"], path)
         names = [key.removesuffix("/.zgroup") for key in described if key.endswith("/.zgroup")]
         if bad := [name for name in names if not _NODE.fullmatch(name)]:
-            raise _damaged(path / ".zmetadata", f"it names a group {bad[0]!r}")
+            raise _damaged(path / ".zmetadata", f"it names a group {bad[0]!r}, which no recording has")
         nodes = {name: _open_node(path, name, described) for name in sorted(names)}
     except RecordingError:  # a ValueError, which names its own file
         raise
@@ -207,9 +208,9 @@ def _root_attributes(attributes: Any, path: Path) -> dict[str, Any]:
         )
     for name, kind in (("family", str), ("model", str), ("calls", int), ("expected", int), ("averaged", int)):
         if not isinstance(attributes[name], kind):
-            raise _damaged(file, f"{name} is {attributes[name]!r}")
+            raise _damaged(file, f"{name} is {attributes[name]!r}, not {'text' if kind is str else 'a whole number'}")
     if not isinstance(attributes.get("frames", 0), int) or attributes.get("frames", 0) < 0:
-        raise _damaged(file, f"frames is {attributes['frames']!r}")
+        raise _damaged(file, f"frames is {attributes['frames']!r}, not a whole number, 0 or more")
     try:
         Prompt.from_dict(json.loads(attributes["prompt"]))
     except PromptError as error:
@@ -228,14 +229,19 @@ def _open_node(path: Path, name: str, described: Mapping[str, Any]) -> xr.Datase
         values = stored[variable].whole()
         if values.shape != (shape[dimension],):
             raise _damaged(
-                path / name / variable / ".zarray", f"its shape is {values.shape}, not {(shape[dimension],)}"
+                path / name / variable / ".zarray",
+                f"its array has {number_of(len(values), 'value')} instead of {shape[dimension]}",
             )
         if values.dtype.kind == "U":
             _check_text(values, stored[variable])
         coordinates[variable] = (dimension, values)
     attributes = described[f"{name}/.zattrs"]
     if attributes["size"] != f"{shape['y']}x{shape['x']}" or attributes["keys"] not in ("text", "image"):
-        raise _damaged(path / name / ".zattrs", f"its attributes are {attributes!r}")
+        raise _damaged(
+            path / name / ".zattrs",
+            f"size is {attributes['size']!r} and keys is {attributes['keys']!r}; the size of the maps is "
+            f"'{shape['y']}x{shape['x']}', and keys must be 'text' or 'image'",
+        )
     lazy = xr.core.indexing.LazilyIndexedArray(stored["probability"])
     return xr.Dataset({"probability": (DIMENSIONS, lazy)}, coords=coordinates, attrs=dict(attributes))
 
@@ -287,16 +293,16 @@ class _StoredArray(LazyArray):
         wrong = [f"{key} is {described[key]!r}, not {rule}" for key, (rule, fits) in rules.items() if not fits]
         if wrong:
             raise RecordingError(
-                f"{file} describes an array that no recording has: {'; '.join(wrong)}. The array is not decoded, "
-                "because some codecs run code. Record the run again."
+                f"{file} was not written by elakit: {'; '.join(wrong)}. For safety, its array is not decoded, because "
+                "decoding can run code. Record the run again."
             )
         self.dtype = np.dtype(str(described["dtype"]))
         self.shape, self._chunks = (tuple(described[key]) for key in ("shape", "chunks"))
         sides = (*self.shape, *self._chunks)
         if len(self.shape) != len(self._chunks) or not all(type(side) is int and 0 <= side < 2**40 for side in sides):
-            raise _damaged(file, f"its shape is {self.shape} in chunks of {self._chunks}")
+            raise _damaged(file, f"shape is {self.shape} and chunks is {self._chunks}, not equally many whole numbers")
         if 0 in self._chunks or self._chunks[2:] != self.shape[2:] or (len(sides) > 2 and self._chunks[1] != 1):
-            raise _damaged(file, f"its chunks are {self._chunks}")
+            raise _damaged(file, f"its chunks {self._chunks} do not fit its shape {self.shape}")
         self._identity = self._identify()
         self._check_files()
 
@@ -365,7 +371,7 @@ class _StoredArray(LazyArray):
         wanted = math.prod(self._chunks) * self.dtype.itemsize
         # Blosc's header states the sizes: what does not fit is not decoded, however large it claims to be.
         if len(content) < 16 or struct.unpack("<4xI4xI", content[:16]) != (wanted, len(content)):
-            raise _damaged(file, "its size is not that of its chunk")
+            raise _damaged(file, "its length or header does not fit the array")
         try:
             decoded = np.frombuffer(_CODEC.decode(content), self.dtype)
             return decoded.reshape(self._chunks)

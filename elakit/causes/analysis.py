@@ -74,7 +74,9 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     ('missing', 'token ignored', 'bird')
     """
     if not runs:
-        raise SettingError("No run is given; generate some: elakit.generate(pipe, prompt, seed=[0, 1, 2, 3]).")
+        raise SettingError(
+            "No run is given; give runs, such as elakit.generate(pipe, prompt, seed=[0, 1, 2, 3]) returns."
+        )
     if len({run.prompt.text for run in runs}) > 1:
         raise SettingError("The runs have different prompts; give runs of one prompt with different seeds.")
     seeds = [run.seed for run in runs]

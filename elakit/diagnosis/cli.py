@@ -122,12 +122,15 @@ def diagnose(
         asked = [name.strip() for name in remedies.split(",") if name.strip()]
     check(asked)
     if (prompt is None) == (prompts is None):
-        raise SettingError('Give either one prompt, such as "a cat and a lion", or a file of prompts with --prompts.')
+        given = "No prompt is" if prompt is None else "A prompt and --prompts are both"
+        raise SettingError(
+            f'{given} given. Give either one prompt, such as "a cat and a lion", or a file of prompts with --prompts.'
+        )
     if prompts is not None and (keep is not None or json_out is not None):
         given = "--json" if keep is None else "--keep"
-        raise SettingError(f"{given} stores the results of one prompt. With --prompts, leave it out and use --out.")
+        raise SettingError(f"{given} applies to one prompt only. With --prompts, leave {given} out and use --out.")
     if prompts is None and workers is not None:
-        raise SettingError(f"--workers {workers} applies to a file of prompts. Leave it out, or use --prompts.")
+        raise SettingError(f"--workers {workers} applies only to a file of prompts. Leave it out, or use --prompts.")
     settings = {
         "seeds": numbers, "method": method, "remedies": asked, "steps": steps,
         "guidance_scale": scale, "negative_prompt": negative_prompt, "height": height, "width": width,

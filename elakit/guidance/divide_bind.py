@@ -138,7 +138,7 @@ class DivideAndBind(ReadsOneSize):
         check_guided(self)
         check_refine(self, "total variation to reach")
         if self.variation not in _THRESHOLD_SCALE:
-            refuse(self, "variation", "'released' (the official code's) or 'repaired' (the paper's)")
+            refuse(self, "variation", "'released' (as in the official code) or 'repaired' (as in the paper)")
         rule = (
             "a sequence of (share of the steps from 0 to 1, finite weight of 0 or more), such as ((0.0, 1.0), (0.2, "
             "5.0))"

@@ -119,7 +119,7 @@ class ELA:
         if self.separate not in (Separation(), Separation(step_size=0)) and self._start == 0:
             refuse(
                 self.separate, "separate", "left out if anchoring starts at the first step",
-                owner="ELA", hint="To separate first, set anchor=LatentStep(start=...) to a share above 0.",
+                owner="ELA", hint="Or let anchoring start later, for example with anchor=LatentStep(start=0.2).",
             )  # fmt: skip
 
         if self.regions is not None:  # what a user asks for is always done
@@ -128,7 +128,7 @@ class ELA:
                 if getattr(self.anchor, option) not in (None, default):
                     refuse(
                         getattr(self.anchor, option), f"anchor.{option}", "left out if regions are given by hand",
-                        owner="ELA", hint="With regions, every image is anchored up to the last guided step.",
+                        owner="ELA", hint="Images with regions by hand are anchored up to the last guided step.",
                     )  # fmt: skip
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:

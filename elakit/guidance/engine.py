@@ -317,7 +317,7 @@ def noise_levels(scheduler: Any) -> list[float]:
         return [float(noise / signal.clamp_min(LEAST_FLOW_SIGNAL)) for noise, signal in parts]
     if alphas is None and not hasattr(scheduler, "sigmas"):
         raise ModelError(
-            f"The noise of {type(scheduler).__name__} is not known, so guidance cannot be planned with it. Replace the "
+            f"The noise levels of {type(scheduler).__name__} are not known, but guidance needs them. Replace the "
             "pipeline's scheduler, for example with elakit.load(model, scheduler='DDIMScheduler')."
         )
     if alphas is None or getattr(scheduler.config, "use_flow_sigmas", False):

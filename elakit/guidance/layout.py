@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -49,26 +50,26 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
     (None, (0.5, 0.0, 1.0, 1.0))
     """
     how = (
-        "give one box per entity, (left, top, right, bottom) as fractions of the image with left < right and "
-        "top < bottom, such as (0, 0, 0.5, 1), or boolean masks (entity, y, x)"
-        f"{', with None for entities to be localized' if partial else ''}"
+        "Give one box per entity, such as (0, 0, 0.5, 1), or boolean masks (entity, y, x). A box is (left, top, right, "
+        "bottom) as fractions of the image, with left < right and top < bottom."
+        f"{' Give None for an entity that is to be localized.' if partial else ''}"
     )
     if isinstance(layout, np.ndarray) and layout.ndim == 3 and layout.dtype == np.bool_:
         if empty := [i for i, mask in enumerate(layout) if not mask.any()]:
-            raise SettingError(f"{who}: mask {empty[0]} is empty, with no location set to True: {how}.")
+            raise SettingError(f"{who}: mask {empty[0]} is empty: no location is True. {how}")
         return layout
     try:
         regions = tuple(None if partial and region is None else _region(region) for region in layout)
     except (TypeError, ValueError) as error:
-        raise SettingError(f"{who}: {layout!r} is not a layout: {how}.") from error
+        raise SettingError(f"{who}: {reprlib.repr(layout)} is not a layout. {how}") from error
     for i, region in enumerate(regions):
         if isinstance(region, np.ndarray):
             if not region.any():
-                raise SettingError(f"{who}: mask {i} is empty, with no location set to True: {how}.")
+                raise SettingError(f"{who}: mask {i} is empty: no location is True. {how}")
         elif region is not None and not (
             len(region) == 4 and 0 <= region[0] < region[2] <= 1 and 0 <= region[1] < region[3] <= 1
         ):
-            raise SettingError(f"{who}: {region} is not a box within the image: {how}.")
+            raise SettingError(f"{who}: {region} is not a box within the image. {how}")
     return regions
 
 

@@ -66,8 +66,9 @@ def _mean(layers: Sequence[Tensor], spatial: int) -> Tensor:
     sizes = {tuple(layer.shape[-spatial:]) for layer in layers}
     if len(sizes) != 1:
         raise SettingError(
-            f"The layers read by guidance have maps of different sizes: {sorted(sizes)}. Set the method's option "
-            "`size`."
+            "The layers that the method reads have maps of different sizes: "
+            f"{', '.join(f'{y} x {x}' for y, x, *_ in sorted(sizes))} locations. Set the method's option `size` to the "
+            f"longer side of the maps to read, such as size={max(min(sizes)[:2])}."
         )
     return torch.stack([layer.mean(0) for layer in layers]).mean(0)
 

@@ -63,9 +63,9 @@ def check_text(adapter: Adapter, conditioning: Conditioning, who: str) -> None:
     plain = all(layer.kind == "cross" and layer.layout is None for layer in adapter.layers())
     if not plain or STATES not in conditioning.inputs or _CALL[STATES] not in conditioning.call:
         raise SettingError(
-            f"{who} encodes the words of each entity separately, which needs plain cross-attention layers; those of "
-            f"{adapter.family} are of another kind. Use a model with plain cross-attention (Stable Diffusion 1.x, 2.x, "
-            "XL, PixArt), or another method, such as elakit.ELA()."
+            f"{who} works only with plain cross-attention to a single sequence of text states, which {adapter.family} "
+            "does not have. Use a model with plain cross-attention (Stable Diffusion 1.x, 2.x, XL, PixArt), or another "
+            "method, such as elakit.ELA()."
         )
 
 

@@ -174,10 +174,10 @@ class RegionalAttention:
         """
         count = len(prompt.entities) if self.regions is None else sum(region is None for region in self.regions)
         if self.layout != "maps" and count > MOST_STRIPS:
-            space = "the image" if self.regions is None else "what the given regions leave of the image"
+            space = "the image" if self.regions is None else "the area outside the given regions"
             warnings.warn(
-                f"RegionalAttention: {count} entities get strips of 1/{count} of {space}, which may be too narrow for "
-                "them. Use layout='maps', or give regions by hand with regions=[...].",
+                f"RegionalAttention divides {space} into {count} strips, one per entity, which may be too narrow. Use "
+                "layout='maps', or give regions by hand with regions=[...].",
                 stacklevel=2,
             )
         return Anchors(given=self.regions)

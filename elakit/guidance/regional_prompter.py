@@ -86,8 +86,8 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
         first = 0 if prompt.start_index is None else prompt.start_index + 1
         if any(phrase.own != tuple(range(first, first + len(phrase.own))) for phrase in texts):
             raise SettingError(
-                f"RegionalPrompter needs a model whose texts are padded after their words; {adapter.family} pads "
-                "elsewhere. Use another model, or elakit.guidance.RegionalAttention()."
+                "RegionalPrompter needs a model that puts padding after the words of a text, which "
+                f"{adapter.family} does not. Use another model, or elakit.guidance.RegionalAttention()."
             )
         for phrase in texts:
             states[:, list(phrase.positions)] = phrase.states[:, list(phrase.own)].to(states)

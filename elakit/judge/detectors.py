@@ -401,7 +401,7 @@ def load_detector(
     settings = [field.name for field in fields(adapter) if field.name not in ("model", "processor", "masks")]
     for option in options:
         if option not in settings:
-            raise SettingError(f"{adapter.__name__} has no option {option!r}; it has {', '.join(settings)}.")
+            raise SettingError(f"Detector {str(name)!r} has no option {option!r}. Choose from {', '.join(settings)}.")
     if sam is not None and adapter is ClipSegSegmenter:
         raise SettingError(
             "sam is given, but CLIPSeg predicts masks itself. Leave sam out, or load a detector of boxes, such as "

@@ -410,8 +410,8 @@ def read_images(folder: Path) -> list[LabeledImage]:
         image = find_image(folder, number)
         if image is None:
             raise SettingError(
-                f"{where}: {folder / 'images'} has no image {number}; its name must be {number:04d}.png, or have the "
-                "ending of another format. Restore the image, or delete the row."
+                f"{where}: {folder / 'images'} has no image {number}, such as {number:04d}.png or {number:04d}.jpg. "
+                "Restore the image, or delete the row."
             )
         found.append(LabeledImage(image, prompt, row.label))
     return found

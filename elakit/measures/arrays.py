@@ -82,7 +82,9 @@ def as_array(values: Any, name: str) -> np.ndarray:
     try:
         array = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise SettingError(f"{name} cannot be read as an array of numbers: {clause(error)}.") from None
+        raise SettingError(
+            f"{name} cannot be read as an array of numbers: {clause(error)}. Give an array, or lists of equal lengths."
+        ) from None
     if bad := int((~np.isfinite(array)).sum()):
         raise SettingError(
             f"{name}: {bad} of {number_of(array.size, 'value')} {'is' if bad == 1 else 'are'} NaN or infinite; all "
@@ -104,7 +106,7 @@ def as_maps(values: Any, name: str) -> np.ndarray:
     """
     maps = as_array(values, name)
     if maps.ndim < 2 or 0 in maps.shape[-2:]:
-        raise SettingError(f"{name} have shape {maps.shape}; the shape must be (..., y, x) with at least one location.")
+        raise SettingError(f"{name}: the shape is {maps.shape}; it must be (..., y, x) with at least one location.")
     return maps
 
 
@@ -115,10 +117,14 @@ def as_masks(values: Any, name: str) -> np.ndarray:
     if a value is not 0 or 1, or if there are fewer than two dimensions.
     """
     masks = as_array(values, name)
-    if masks.ndim < 2 or 0 in masks.shape[-2:] or ((masks != 0) & (masks != 1)).any():
+    if masks.ndim < 2 or 0 in masks.shape[-2:]:
         raise SettingError(
-            f"{name} of shape {masks.shape} must be boolean masks (..., y, x), not empty and with values 0 and 1 only; "
-            "binarize maps first, for instance with elakit.measures.masks.otsu_masks."
+            f"{name}: the shape is {masks.shape}; give boolean masks (..., y, x) with at least one location."
+        )
+    if (other := (masks != 0) & (masks != 1)).any():
+        raise SettingError(
+            f"{name}: the value {masks[other][0]:g} occurs; give boolean masks, with values 0 and 1 only. Binarize "
+            "maps first, for instance with elakit.measures.masks.otsu_masks."
         )
     return masks.astype(bool)
 
@@ -309,10 +315,10 @@ def _named(values: xr.DataArray, name: str) -> np.ndarray:
     """
     spatial = [dim for dim in ("y", "x") if dim in values.dims]
     if len(spatial) == 1:
-        raise SettingError(f"{name} have dimensions {values.dims}; both y and x are needed, or neither.")
+        raise SettingError(f"{name}: the dimensions are {values.dims}; both y and x are needed, or neither.")
     listed = [dim for dim in _LISTS if dim in values.dims] if spatial else []
     if len(listed) > 1:
-        raise SettingError(f"{name} have dimensions {values.dims}. Keep only one of {', '.join(listed)}.")
+        raise SettingError(f"{name}: the dimensions are {values.dims}; only one of {', '.join(listed)} is allowed.")
     return np.asarray(values.transpose(..., *listed, *spatial).values)
 
 

@@ -80,8 +80,8 @@ def leakage(maps: Any, masks: Any) -> np.ndarray:
     regions = as_masks(masks, "masks")
     if p.ndim < 3 or regions.ndim < 3:
         raise SettingError(
-            f"maps have shape {p.shape} and masks {regions.shape}; (..., entity, y, x) and (..., region, y, x) are "
-            "needed. Give a single map or mask as a list of one."
+            f"maps have shape {p.shape} and masks {regions.shape}; maps must be (..., entity, y, x), and masks "
+            "(..., region, y, x). Give a single map or mask as a list of one."
         )
     same_size(p, regions)
     check_disjoint(regions)
@@ -129,8 +129,8 @@ def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
     things = as_masks(masks, "masks")
     if p.ndim < 3 or things.ndim < 3:
         raise SettingError(
-            f"maps have shape {p.shape} and masks {things.shape}; (..., entity, y, x) and (..., thing, y, x) "
-            "are needed. Give a single map or mask as a list of one."
+            f"maps have shape {p.shape} and masks {things.shape}; maps must be (..., entity, y, x), and masks "
+            "(..., thing, y, x). Give a single map as [map], and a single mask as [mask]."
         )
     claims = things.sum(axis=-3, keepdims=True)
     parts = np.concatenate([things / np.maximum(claims, 1), claims == 0], axis=-3)
@@ -310,8 +310,8 @@ def attribute_overlap(attributes: Any, entities: Any) -> np.ndarray:
     of_attributes, of_entities = distribution(attributes), distribution(entities)
     if of_attributes.ndim < 3 or of_entities.ndim < 3:
         raise SettingError(
-            f"attributes have shape {of_attributes.shape} and entities {of_entities.shape}; (..., attribute, y, x) and "
-            "(..., entity, y, x) are needed. Give a single map as a list of one."
+            f"attributes have shape {of_attributes.shape} and entities {of_entities.shape}; attributes must be "
+            "(..., attribute, y, x), and entities (..., entity, y, x). Give a single map as [map]."
         )
     return np.asarray(ruzicka(of_attributes[..., :, None, :, :], of_entities[..., None, :, :, :]))
 
@@ -326,8 +326,8 @@ def _shares(p: np.ndarray, parts: np.ndarray) -> np.ndarray:
         return np.einsum("...eyx,...ryx->...er", p, parts.astype(np.float64))
     except ValueError:
         raise SettingError(
-            f"leading dimensions of maps {p.shape[:-3]} and masks {parts.shape[:-3]} do not match: give one set of "
-            "masks for all maps, or one for each."
+            f"The leading dimensions, all but the last three, are {p.shape[:-3]} in maps and {parts.shape[:-3]} in "
+            "masks; they must match. Give masks with three dimensions, or with the leading dimensions of maps."
         ) from None
 
 
@@ -335,8 +335,8 @@ def _matrix(matrix: Any) -> np.ndarray:
     values = as_array(matrix, "leakage matrix")
     if values.ndim < 2 or values.shape[-1] < 2:
         raise SettingError(
-            f"leakage matrix has shape {values.shape}; the shape must be (..., entity, region + 1), with the "
-            "background as the last column. Pass the result of elakit.measures.leakage.leakage."
+            f"The leakage matrix has shape {values.shape}; it needs one row per entity, one column per region, and a "
+            "last column for the background. Pass the result of elakit.measures.leakage.leakage."
         )
     return values
 
@@ -347,8 +347,8 @@ def _own(matrix: Any, own: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray
     if own is None:
         if rows != columns - 1:
             raise SettingError(
-                f"The matrix has {number_of(rows, 'row')} and {number_of(columns - 1, 'region')}, so it is not known "
-                "which region is a row's own. Give the index of each row's region, own=[...]."
+                f"The leakage matrix has {number_of(rows, 'row')}, but {number_of(columns - 1, 'region')}, so the "
+                "region of each row is unknown. Pass own=[...], a list with the index of each row's region."
             )
         return values, np.arange(rows)
     return values, _owners(("own", "row", "region"), own, rows, columns - 1)
@@ -359,7 +359,7 @@ def _owners(names: tuple[str, str, str], owners: Sequence[int], rows: int, count
     if index.shape != (rows,) or index.dtype.kind not in "iu" or ((index < 0) | (index >= count)).any():
         name, row, owner = names
         raise SettingError(
-            f"{name}={list(owners)}: give the index of each {row}'s {owner}: a list of length {rows} with "
-            f"{an_index(count)} for each {row}."
+            f"{name}={index.tolist()}: give the index of each {row}'s {owner}, as a list of length {rows}. For each "
+            f"{row}, give {an_index(count)}."
         )
     return index

@@ -44,7 +44,9 @@ def otsu_masks(maps: Any) -> np.ndarray:
     """
     values = as_array(maps, "maps")
     if values.ndim < 2:
-        raise SettingError(f"maps have shape {values.shape}; the shape must be (..., y, x).")
+        raise SettingError(
+            f"maps have shape {values.shape}; the shape must be (..., y, x). Give each map as a two-dimensional array."
+        )
     flat = values.reshape(-1, *values.shape[-2:])
     return (flat > otsu_thresholds(flat)).reshape(values.shape)
 
@@ -76,8 +78,8 @@ def check_disjoint(masks: np.ndarray) -> None:
     """Raise SettingError if two of the masks (..., region, y, x) overlap."""
     if shared := int((masks.sum(axis=-3) > 1).sum()):
         raise SettingError(
-            f"{number_of(shared, 'location')} {'belongs' if shared == 1 else 'belong'} to more than one region; "
-            "regions must be disjoint. Assign each location to one region at most."
+            f"The masks overlap: {number_of(shared, 'location')} {'belongs' if shared == 1 else 'belong'} to more than "
+            "one region. Assign each location to at most one region."
         )
 
 

@@ -173,10 +173,9 @@ def stacked_rows(pipe: Pipeline, batch: int, guided: bool) -> slice:
     parts = 1 + guided + bool(getattr(pipe, "do_perturbed_attention_guidance", False))
     if batch % parts:
         raise ModelError(
-            f"The denoiser was called with {number_of(batch, 'row')}, but {type(pipe).__name__} stacks {parts} passes "
-            f"in one batch at its current guidance scale, so the number of rows must be a multiple of {parts}. If your "
-            "own code makes this call, make it inside `with elakit.attention.paused(pipe):`; otherwise report this "
-            "error."
+            f"The denoiser was called with a batch of {number_of(batch, 'row')}, but {type(pipe).__name__} stacks "
+            f"{parts} passes in each batch. The number of rows must be a multiple of {parts}. If your own code makes "
+            "this call, make it inside `with elakit.attention.paused(pipe):`. Otherwise report this error."
         )
     images = batch // parts
     return slice(guided * images, (guided + 1) * images)

@@ -54,7 +54,7 @@ def chat_sequence(
     if len(parts) != 2:
         raise ModelError(
             f"The chat template of {type(tokenizer).__name__} contains the prompt {len(parts) - 1} times instead of "
-            "once, so its tokens cannot be found. Use the tokenizer that belongs to the model."
+            "once, so the prompt's tokens cannot be found. Use the tokenizer that belongs to the model."
         )
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of texts and images
     side: Literal["left", "right"] = "left" if padded and tokenizer.padding_side == "left" else "right"

@@ -105,8 +105,8 @@ def default_settings(pipe: Pipeline) -> GenerationSettings:
     parameters = inspect.signature(type(pipe).__call__).parameters
     if "num_inference_steps" not in parameters:
         raise ModelError(
-            f"{type(pipe).__name__} takes no `num_inference_steps`; elakit generates only with standard "
-            "text-to-image pipelines such as StableDiffusionPipeline."
+            f"{type(pipe).__name__} takes no `num_inference_steps`, which elakit.generate sets. Use a standard "
+            "text-to-image pipeline, such as StableDiffusionPipeline."
         )
     from elakit.models.dispatch import adapter_for  # loads diffusers
 

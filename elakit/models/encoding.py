@@ -113,6 +113,6 @@ class PromptEncoder:
     def _encode(self, prompt: PromptInput) -> Conditioning:
         """Encode a prompt; `elakit.generate` and guidance support the families that implement this method."""
         raise ModelError(
-            f"{self.family} can be recorded, but `elakit.generate` and guidance do not support it yet: call the "
+            f"{self.family} can be recorded, but `elakit.generate` and guidance do not support it yet. Call the "
             "pipeline yourself inside `with elakit.record(pipe, prompt) as recording:`."
         )

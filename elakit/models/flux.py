@@ -211,8 +211,8 @@ class Flux(SeparateNegative):
         if prompt.negative:
             raise SettingError(
                 f"negative_prompt={prompt.negative!r}: {self.family} is guidance-distilled and makes no pass for a "
-                "negative prompt. Leave it out, or call the pipeline yourself with `true_cfg_scale`, inside "
-                "`with elakit.record(pipe, prompt) as recording:`."
+                "negative prompt. Leave negative_prompt out, or call the pipeline yourself with `true_cfg_scale` "
+                "inside `with elakit.record(pipe, prompt) as recording:`."
             )
         device = self.pipe._execution_device
         embeds, pooled, text_ids = self.pipe.encode_prompt(

@@ -72,7 +72,7 @@ class Flux2(Flux):
     @classmethod
     def _refusal_of_relative(cls, pipeline: str) -> str | None:
         if "KV" in pipeline:
-            return "it keeps keys of its input images from step to step (Klein KV), which cannot be read yet"
+            return "it keeps attention keys of input images from step to step (Klein KV), which is not supported yet"
         return None
 
     @property
@@ -118,7 +118,8 @@ class Flux2(Flux):
         """
         if prompt.negative:
             raise SettingError(
-                f"negative_prompt={prompt.negative!r}: {self.family} pipelines have no negative prompt. Leave it out."
+                f"negative_prompt={prompt.negative!r}: {self.family} pipelines have no negative prompt. Leave "
+                "negative_prompt out."
             )
         device = self.pipe._execution_device
         embeds, text_ids = self.pipe.encode_prompt(

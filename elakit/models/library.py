@@ -66,7 +66,7 @@ def _remedy() -> str:
         if tuple(int(part) for part in re.findall(r"\d+", installed)[: len(lowest)]) < lowest:
             bound = ".".join(map(str, lowest))
             return (
-                f"{package} {installed} is installed, and diffusers needs {bound} or later: "
+                f"{package} {installed} is installed, but diffusers needs {package} {bound} or later. Run "
                 f"`pip install -U '{package}>={bound}'`, or uninstall {package}, which is used for LoRA weights only."
             )
     return (

@@ -89,8 +89,8 @@ def load(
     device = device_named(device)
     if variant is not None and (not isinstance(variant, str) or not variant.replace("_", "").isalnum()):
         raise SettingError(
-            f"variant={variant!r}: give the name of the variant as in the names of the weight files, such as 'fp16' "
-            "for model.fp16.safetensors (letters, digits and underscores only), or None."
+            f"variant={variant!r}: give None, or letters, digits and underscores only. The variant is a part of the "
+            "names of the weight files, such as 'fp16' in model.fp16.safetensors."
         )
     source = locate(name)
     embedded = str(name) in EMBEDDED
@@ -159,7 +159,8 @@ def _scheduler_class(index: Mapping[str, Any], scheduler: str) -> Any:
     kinds = {} if own is None else {kind.__name__: kind for kind in (own, *own._get_compatibles())}
     if not kinds:
         raise SettingError(
-            f"scheduler={scheduler!r}: the model has no scheduler of diffusers to replace. Leave scheduler out."
+            f"scheduler={scheduler!r}: only a scheduler from diffusers can be replaced, and this model has none. "
+            "Leave scheduler out."
         )
     if scheduler not in kinds:
         raise SettingError(f"scheduler={scheduler!r}: choose from {', '.join(sorted(kinds))}.")
@@ -172,16 +173,17 @@ def _load_lora(pipe: Pipeline, lora: str) -> None:
     try:
         pipe.load_lora_weights(lora, use_safetensors=True)
     except Exception as error:  # peft, diffusers, safetensors and the hub client raise a dozen kinds
-        step = " Install peft with  pip install 'elakit[lora]'." if "peft" in str(error).lower() else ""
-        raise ModelError(f"The LoRA weights {lora!r} cannot be loaded: {first_line(error)}{step}") from error
+        files = "Give a safetensors file, a folder or a hub id with LoRA weights for this model."
+        step = "Install peft: `pip install 'elakit[lora]'`." if "peft" in str(error).lower() else files
+        raise ModelError(f"The LoRA weights {lora!r} cannot be loaded: {first_line(error)} {step}") from error
 
 
 def _check_index(name: str, index: dict[str, Any]) -> None:
     kind = index.get("_class_name")
     if not isinstance(kind, str):
         raise ModelError(
-            f"The model_index.json of {name!r} has the pipeline class {kind!r}, not the name of a class in diffusers; "
-            "elakit runs no code from models. Give another model."
+            f"The model_index.json of {name!r} has the entry _class_name={kind!r}; it must be the name of a diffusers "
+            "pipeline. elakit runs no code from models. Give another model."
         )
     for part, value in index.items():
         library = value[0] if isinstance(value, list) and len(value) == 2 else None
@@ -189,7 +191,7 @@ def _check_index(name: str, index: dict[str, Any]) -> None:
             import_diffusers().pipelines, str(library)
         ):
             raise ModelError(
-                f"Model {name!r} takes its {part} from {library!r}; elakit runs no code from models and knows only "
+                f"Model {name!r} takes its {part} from the library {library!r}, but elakit loads only components of "
                 "diffusers and transformers. Give another model."
             )
     refuse_index(f"Model {name!r} ({kind})", index)
@@ -225,8 +227,8 @@ def _check_weight_files(name: str, folder: Path) -> None:
         wrong = sorted(file for file in files if Path(file).name != file or not file.endswith(".safetensors"))
         if wrong:
             raise ModelError(
-                f"{path.name} in {path.parent.name} of model {name!r} names {wrong[0]!r}; elakit loads safetensors "
-                "files from the same folder only. Convert the weights with `pipe.save_pretrained(folder)`."
+                f"{path.name} in {path.parent.name} of model {name!r} names the file {wrong[0]!r}, but elakit loads "
+                "only safetensors files from the same folder. Convert the weights with `pipe.save_pretrained(folder)`."
             )
 
 
@@ -259,7 +261,7 @@ def _built(name: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype
             raise
         raise ModelError(
             f"Model {name!r} could not be loaded: {first_line(error)} {_variants(folder, variant)}"
-            "elakit loads safetensors weights only; convert others with `pipe.save_pretrained(folder)`."
+            "elakit loads safetensors weights only; convert other weights with `pipe.save_pretrained(folder)`."
         ) from error
 
 
@@ -307,7 +309,7 @@ def _component(name: str, part: str, kind: Any, folder: Path, dtype: torch.dtype
     faults = []
     for what, keys in (
         ("missing", info["missing_keys"]),
-        ("not known to its architecture", info["unexpected_keys"]),
+        ("not known to this class", info["unexpected_keys"]),
         ("of another shape", [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]),
     ):
         found = sorted(key for key in keys if not key.endswith(_COMPUTED))
@@ -316,8 +318,8 @@ def _component(name: str, part: str, kind: Any, folder: Path, dtype: torch.dtype
             faults.append(f"{number_of(len(found), 'weight')} {what} ({', '.join(found[:3])}{more})")
     if faults:
         raise ModelError(
-            f"The {part} of model {name!r} ({kind.__name__}) does not fit its files: {'; '.join(faults)}. Download or "
-            "save the model again, or use releases of diffusers and transformers that know these weights."
+            f"The weight files of {part} in model {name!r} do not fit the class {kind.__name__}: {'; '.join(faults)}. "
+            "Download or save the model again, or use releases of diffusers and transformers that know these weights."
         )
     loaded: nn.Module = module.eval()
     return loaded
@@ -348,7 +350,11 @@ def _variants(folder: Path, variant: str | None) -> str:
     names = [path.name.removesuffix(".safetensors").split(".") for path in folder.glob("*/*.safetensors")]
     known = sorted({parts[1].split("-")[0] for parts in names if len(parts) > 1})
     if known and variant not in known:
-        return f"Its folder has the {plural('variant', len(known))} {', '.join(known)}: pass variant={known[0]!r}. "
+        example = ", for example" if len(known) > 1 else ""
+        return (
+            f"The model has weight files of the {plural('variant', len(known))} {', '.join(known)}: pass "
+            f"variant={known[0]!r}{example}. "
+        )
     return ""
 
 

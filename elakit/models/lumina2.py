@@ -53,8 +53,8 @@ class Lumina2(SeparateNegative):
             counts = {int(count) for count in mask.sum(1)}
             if len(counts) > 1:
                 raise ModelError(
-                    f"The transformer was called with texts of {sorted(counts)} tokens in one batch; record one prompt "
-                    "at a time."
+                    "The transformer was called with prompts of different lengths in one batch "
+                    f"({', '.join(map(str, sorted(counts)))} tokens). Record one prompt at a time."
                 )
             self._seen = mask, counts.pop()
         text = self._seen[1]

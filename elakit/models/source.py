@@ -56,7 +56,7 @@ def locate(name: str | Path) -> str:
         return str(folder)
     path = Path(text).expanduser()
     expected = (
-        f"Expected a built-in model ({', '.join(EMBEDDED)}), a folder that `pipe.save_pretrained` wrote, or a hub id "
+        f"Give a built-in model ({', '.join(EMBEDDED)}), a folder that `pipe.save_pretrained` wrote, or a hub id "
         "such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'."
     )
     if text and path.is_dir():

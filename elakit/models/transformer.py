@@ -67,7 +67,10 @@ class TransformerAdapter(PromptEncoder):
     def __init__(self, pipe: Pipeline) -> None:
         reason = self.refusal(pipe)
         if reason is not None:
-            raise ModelError(f"{type(pipe).__name__} is not {self.family}: {reason}.")
+            raise ModelError(
+                f"{type(pipe).__name__} is not a supported {self.family} pipeline: {reason}. Pass the pipeline to "
+                "elakit.models.adapter_for, which chooses the adapter."
+            )
         self.pipe = cast(TransformerPipeline, pipe)
         self.denoiser: nn.Module = self.pipe.transformer
         self._layers = self._make_layers()
@@ -406,7 +409,8 @@ class TransformerAdapter(PromptEncoder):
         """
         if type(self).decode is not TransformerAdapter.decode:
             raise ModelError(
-                f"{self.family} cannot encode an existing image yet; record a run of the pipeline instead."
+                f"elakit cannot encode an existing image for {self.family} yet. Record a run of the pipeline instead: "
+                "`with elakit.record(pipe, prompt) as recording:`."
             )
         return encoded(self.pipe, image)
 

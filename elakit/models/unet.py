@@ -68,7 +68,10 @@ class UNetAdapter(PromptEncoder):
     def __init__(self, pipe: Pipeline) -> None:
         reason = self.refusal(pipe)
         if reason is not None:
-            raise ModelError(f"{type(pipe).__name__} is not {self.family}: {reason}.")
+            raise ModelError(
+                f"{type(pipe).__name__} is not a supported {self.family} pipeline: {reason}. Pass the pipeline to "
+                "elakit.models.adapter_for, which chooses the adapter."
+            )
         self.pipe = cast(UNetPipeline, pipe)
         self.denoiser: nn.Module = self.pipe.unet
         self._layers = tuple(_layers(self.pipe.unet))
@@ -98,7 +101,7 @@ class UNetAdapter(PromptEncoder):
             if kind.__name__ in _OTHER_ROWS:
                 return _OTHER_ROWS[kind.__name__]
         if not hasattr(type(pipe), "do_classifier_free_guidance"):
-            return "it does not show which rows of a batch are conditional (no `do_classifier_free_guidance`)"
+            return "it has no `do_classifier_free_guidance`, so the conditional rows of a batch are unknown"
         if next(_layers(unet), None) is None:
             return "no layer of its U-Net attends to text"
         return None
@@ -322,7 +325,7 @@ def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
     except AttributeError:
         module = None
     if not is_a(module, "Attention") or module.is_cross_attention:
-        raise ModelError(f"There is no self-attention layer in the block of {beside.name}. {WITHOUT_SELF}")
+        raise ModelError(f"The block of the layer {beside.name} has no self-attention layer. {WITHOUT_SELF}")
     return replace(beside, name=name, heads=module.heads, module=module, reads="image")
 
 
@@ -330,9 +333,7 @@ def check_sides(height: int, width: int, factor: int) -> None:
     """Raise a `SettingError` if the height or width of an image in pixels is not a positive multiple of ``factor``."""
     for name, side in (("height", height), ("width", width)):
         if not is_whole(side) or side <= 0 or side % factor:
-            raise SettingError(
-                f"{name} is {side!r} pixels; it must be a positive whole number and a multiple of {factor}."
-            )
+            raise SettingError(f"{name}={side!r}: give a number of pixels that is a positive multiple of {factor}.")
 
 
 def _layers(unet: Any) -> Iterator[AttentionLayer]:

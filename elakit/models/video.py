@@ -100,6 +100,6 @@ class VideoAdapter(TransformerAdapter):
         In a video model, each location attends to the locations of all frames.
         """
         raise ModelError(
-            f"The self-attention of {self.family} is among the locations of all frames, which is not supported. "
-            f"{WITHOUT_SELF}"
+            f"Self-attention of {self.family} is not supported, because each location attends to the locations of all "
+            f"frames. {WITHOUT_SELF}"
         )

@@ -42,7 +42,7 @@ class ZImage(TransformerAdapter):
     @classmethod
     def _refusal_of_relative(cls, pipeline: str) -> str | None:
         if "Omni" in pipeline or "ControlNet" in pipeline:
-            return "its sequence has another order (Z-Image Omni and ControlNet), which cannot be read yet"
+            return "its tokens have another order (Z-Image Omni and ControlNet), which is not supported yet"
         return None
 
     def _make_layers(self) -> tuple[AttentionLayer, ...]:

@@ -90,9 +90,9 @@ def agreement(
     known = run.verdict if truth is None else truth
     if known is None:
         raise SettingError(
-            "The built-in judge cannot judge this image. It judges images of the built-in models whose prompts have "
-            "only nouns and colors that it knows, unless the image is black or was replaced by the safety checker. "
-            "Give truth=..., a Verdict or the entities' masks as a boolean DataArray (entity, y, x)."
+            "The built-in judge cannot judge the image of this run. It needs a built-in model and a prompt with known "
+            "nouns and colors only. Black images and images replaced by the safety checker are not judged. Pass "
+            "truth=...: a Verdict, or the masks of the entities as a boolean DataArray (entity, y, x)."
         )
     maps = run.entity_maps()
     frame = run.measure(known).to_frame()

@@ -87,7 +87,7 @@ def save_animation(
     if target.suffix.lower() not in (".gif", ".mp4"):
         raise OutputError(f"{path}: the suffix is {target.suffix!r}; give a file name that ends in .gif or .mp4.")
     if target.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
-        raise OutputError(f"{path}: MP4 needs imageio-ffmpeg. Run `pip install 'elakit[video]'`, or write a .gif.")
+        raise OutputError(f"{path}: MP4 needs imageio-ffmpeg. Run `pip install 'elakit[video]'`, or write a GIF.")
     speed = real_number(speed, "speed", low=0.1, high=50)
     panel = whole_number(panel, "panel", low=32, high=2048)
     maps, regions = run.entity_maps(), chosen_regions(run, source)

@@ -132,10 +132,12 @@ def images(
     1
     """
     if not runs:
-        raise SettingError("images: there is no run to show. Pass one, such as the result of elakit.generate.")
+        raise SettingError(
+            "images: there is no run to show. Pass at least one run, such as the result of elakit.generate."
+        )
     if names is not None and len(names) != len(runs):
         raise SettingError(
-            f"names has {number_of(len(names), 'entry')} for {number_of(len(runs), 'run')}; give one per run."
+            f"names has {number_of(len(names), 'entry')} for {number_of(len(runs), 'run')}; give one name per run."
         )
     across = min(max(1, columns), len(runs))
     down = -(-len(runs) // across)

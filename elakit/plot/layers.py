@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from elakit.errors import SettingError
-from elakit.numbering import step_number
+from elakit.numbering import plural, step_number
 from elakit.plot import style
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def _chosen(table: pd.DataFrame, measure: str, across: Across | None) -> tuple[p
     needed = ("layer", "head", "step", "measure", "value")
     if missing := [name for name in needed if name not in table]:
         raise SettingError(
-            f"bleeding_by_layer: the table lacks these columns: {', '.join(missing)}. Compute the table with "
-            "elakit.causes.profile(run), where run is a recorded run."
+            f"bleeding_by_layer: the table lacks the {plural('column', len(missing))} {', '.join(missing)}. Compute "
+            "the table with elakit.causes.profile(run), where run is a recorded run."
         )
     there = sorted(table["measure"].unique())
     if measure not in there:

@@ -316,5 +316,7 @@ def _shade_guided(made: style.Panels, runs: Sequence[Run], column: int) -> None:
 def _runs(first: Run | Iterable[Run], others: Sequence[Run], what: str) -> list[Run]:
     runs = [*([first] if hasattr(first, "bleeding") else first), *others]
     if not runs:
-        raise SettingError(f"{what}: there is no run to show. Pass one, such as the result of elakit.generate.")
+        raise SettingError(
+            f"{what}: there is no run to show. Pass at least one run, such as the result of elakit.generate."
+        )
     return runs

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from elakit.errors import SettingError
 from elakit.guidance import method_title
-from elakit.numbering import number_of
+from elakit.numbering import number_of, plural
 from elakit.plot import style
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ def method_comparison(summary: pd.DataFrame, *, panel: int | None = None, title:
     needed = [f"{name}{end}" for name in _PANELS for end in ("", "_low", "_high")]
     if missing := [name for name in needed if name not in summary]:
         raise SettingError(
-            f"method_comparison: the summary lacks these columns: {', '.join(missing)}. Compute it with "
-            "elakit.sweep.summary(table), where table is elakit.sweep.table(folder), or a DataFrame of your own with "
-            "one row per image."
+            f"method_comparison: the summary lacks the {plural('column', len(missing))} {', '.join(missing)}. Compute "
+            "the summary with elakit.sweep.summary(table). The table needs one row per image, as in "
+            "elakit.sweep.table(folder)."
         )
     if summary.empty:
         raise SettingError(

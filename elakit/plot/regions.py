@@ -242,7 +242,8 @@ def animated_steps(regions: xr.DataArray, maps: xr.DataArray, steps: int | Seque
     there = [int(step) for step in regions.step.values if step in maps.step.values]
     if not there:
         raise SettingError(
-            "source='guidance': no guided step was recorded; record every step, or give source='recording'."
+            "source='guidance': no guided step was recorded. Record every step with record=True, or give "
+            "source='recording'."
         )
     return style.pick_steps(there, len(there) if steps is None else steps)
 

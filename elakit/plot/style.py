@@ -94,8 +94,8 @@ def recorded(run: Run | Recording) -> Recording:
     if not hasattr(run, "recording"):
         if run.frames:
             raise RecordingError(
-                f"This is a recording of videos of {number_of(run.frames, 'frame')}, and figures show one frame. "
-                f"Select it with `recording.frame(...)`: give {an_index(run.frames)}."
+                f"The recording has videos of {number_of(run.frames, 'frame')}, but figures show one frame. Pass "
+                f"`recording.frame(index)` with {an_index(run.frames)}."
             )
         return run
     if run.recording is None:
@@ -132,7 +132,7 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
     """
     steps = [int(step) for step in there]
     if not steps:
-        raise SettingError("There is no complete step to show; record at least one.")
+        raise SettingError("There is no complete step to show. Record a run that finishes at least one step.")
     if isinstance(wanted, bool) or (is_whole(wanted) and wanted < 1):
         raise SettingError(f"steps={wanted!r}: give the number of steps to show, 1 or more, or a list of steps.")
     if is_whole(wanted):
@@ -143,8 +143,8 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
     named = [int(step) if step >= 0 else steps[-1] + 1 + int(step) for step in wanted]
     if missing := [given for given, step in zip(wanted, named, strict=True) if step not in steps]:
         raise SettingError(
-            f"steps={list(wanted)}: not available: {', '.join(map(str, missing))}. Choose from {_span(steps)}; "
-            "steps count from 0."
+            f"steps: {', '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} not available. Choose from "
+            f"{_span(steps)}; steps count from 0."
         )
     if not named:
         raise SettingError("steps=[]: give the number of steps to show, 1 or more, or a list of steps.")

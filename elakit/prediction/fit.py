@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from elakit.errors import SettingError
+from elakit.numbering import number_of
 from elakit.prediction.attention_features import FEATURES, SHARES
 from elakit.prediction.predictor import OUTCOMES, Predictor, stack
 from elakit.world.vocabulary import NOUNS
@@ -89,8 +90,9 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
     rows = table[(table["method"] == method) & table["success"].notna()]
     if len(rows) < LEAST_IMAGES:
         raise SettingError(
-            f"The sweep has {len(rows)} judged images of method {method!r}; at least {LEAST_IMAGES} are needed, and a "
-            "thousand are better. Generate more in the folder of the sweep, such as 276 prompts with four seeds: "
+            f"The sweep has {number_of(len(rows), 'judged image')} of method {method!r}, but at least {LEAST_IMAGES} "
+            "are needed; a thousand are better. Generate more images in the folder of the sweep. For example, this "
+            "command uses 276 prompts and four seeds: "
             f"elakit sweep run --out FOLDER --suite attend-and-excite --methods {method} --seeds 0,1,2,3."
         )
     values, groups = stack(list(rows["features"])), np.array([_group(prompt) for prompt in rows["prompt"]])

@@ -12,7 +12,6 @@ import pandas as pd
 
 from elakit.errors import OutputError, SettingError, clause
 from elakit.files import read_json, write_json
-from elakit.numbering import number_of
 from elakit.pipeline_call import GuideIf, Progress
 from elakit.prediction.attention_features import FEATURES, SHARES, features
 from elakit.resources import data_path
@@ -65,10 +64,8 @@ class Predictor:
         wanted = (len(self.shares), len(self.outcomes), len(self.features))
         if self.weights.shape != wanted or self.intercepts.shape != wanted[:2]:
             raise SettingError(
-                f"weights {self.weights.shape} and intercepts {self.intercepts.shape} do not match "
-                f"{number_of(wanted[0], 'share')}, {number_of(wanted[1], 'outcome')} and "
-                f"{number_of(wanted[2], 'feature')}. Give weights of shape {wanted} and intercepts of shape "
-                f"{wanted[:2]}."
+                f"weights have shape {self.weights.shape} and must have shape {wanted}: (shares, outcomes, features). "
+                f"intercepts have shape {self.intercepts.shape} and must have shape {wanted[:2]}: (shares, outcomes)."
             )
         for name, values in (("weights", self.weights), ("intercepts", self.intercepts)):
             if bad := int((~np.isfinite(values)).sum()):
@@ -116,9 +113,9 @@ class Predictor:
         table = run if isinstance(run, pd.DataFrame) else features(run)
         if tuple(table.columns) != self.features:
             raise SettingError(
-                "The columns of the features differ from the features that this predictor was fitted on. Pass a "
-                "recorded run or the result of elakit.prediction.features; if the predictor comes from another version "
-                "of elakit, fit it again on a new sweep: elakit predict fit SWEEP."
+                "The columns of the table are not the features on which this predictor was fitted. Pass a recorded "
+                "run, or the result of elakit.prediction.features. If the predictor comes from another version of "
+                "elakit, fit it again on a new sweep: elakit predict fit SWEEP."
             )
         rows = [self.shares.index(share) for share in table.index]
         scores = np.einsum("sf,sof->so", table.to_numpy(float), self.weights[rows]) + self.intercepts[rows]
@@ -281,7 +278,7 @@ def load_predictor(path: str | Path | None = None) -> Predictor:
     """
     path = data_path("picture-world", "predictor.json") if path is None else Path(path)
     table = read_json(path)
-    remedy = f"Fit one on a sweep: elakit predict fit SWEEP --out {path.name}."
+    remedy = f"Fit a predictor on a sweep: elakit predict fit SWEEP --out {path.name}."
     if not isinstance(table, dict) or "weights" not in table:
         raise OutputError(f"{path} is not a predictor. {remedy}")
     if (found := table.get("format", 1)) != FORMAT:
@@ -325,7 +322,7 @@ def stack(rows: Sequence[Any]) -> np.ndarray:
     size = len(SHARES) * len(FEATURES)
     if not len(rows) or any(row is None or len(row) != size for row in rows):
         raise SettingError(
-            "The sweep has no images, or the features of some images are missing or come from another version of "
-            "elakit. Generate the sweep again in a new folder: elakit sweep run --out NEW."
+            "The sweep has no images, or has images without the features of this version of elakit. Generate the sweep "
+            "again in a new folder: elakit sweep run --out NEW."
         )
     return np.stack([np.asarray(row, float) for row in rows]).reshape(-1, len(SHARES), len(FEATURES))

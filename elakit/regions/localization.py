@@ -176,12 +176,13 @@ def localize(
     names = _names(maps, entities, len(values))
     if len(names) != len(values):
         raise SettingError(
-            f"entities has {number_of(len(names), 'entry')} for {number_of(len(values), 'map')}; give one per map."
+            f"entities has {number_of(len(names), 'entry')} for {number_of(len(values), 'map')}; give one label per "
+            "map."
         )
     if binarization == "background" and sot is None:
         raise SettingError(
-            'binarization="background" compares the entities\' maps with the start-of-text map: pass it as sot=..., or '
-            'choose another rule, such as binarization="otsu".'
+            'binarization="background" needs the start-of-text map: pass this map as sot=..., or choose another rule, '
+            'such as binarization="otsu".'
         )
     least = _least_area(min_area, len(values), values[0].size)
 
@@ -190,7 +191,8 @@ def localize(
         background = as_array(sot, "sot")
         if background.shape != values.shape[1:]:
             raise SettingError(
-                f"sot has shape {background.shape}, but each map has {values.shape[1:]}. Give maps of one size."
+                f"sot has shape {background.shape}, but each map has shape {values.shape[1:]}. sot must have the "
+                "shape of one map."
             )
     values, background = rules.prepare(values, background, smooth, normalize, subtract_pedestal)
 
@@ -257,14 +259,14 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
             )
         if not np.array_equal(step_labels(sot), step_labels(maps)):
             raise SettingError(
-                f"sot has steps {step_labels(sot)}, but maps have {step_labels(maps)}; pass both with the same steps."
+                f"sot has the steps {_shown(sot)}, but maps have the steps {_shown(maps)}. Give both the same steps."
             )
     found = [
         localize(maps.isel(step=i), None if sot is None else sot.isel(step=i), **options)
         for i in range(maps.sizes["step"])
     ]
     if not found:
-        raise SettingError("maps contain no complete step; record at least one.")
+        raise SettingError("maps contain no complete step. Record a run that finishes at least one step.")
     along_step = {name: c for name, c in maps.coords.items() if c.dims == ("step",)}
     along_space = {name: c for name, c in maps.coords.items() if c.dims and set(c.dims) <= {"y", "x"}}
     return xr.DataArray(
@@ -297,8 +299,8 @@ def steps_first(maps: xr.DataArray, what: str) -> xr.DataArray:
     """
     if not isinstance(maps, xr.DataArray):
         raise SettingError(
-            f"{what} are a {type(maps).__name__}; a DataArray with dimensions (step, token, y, x) is needed. Pass the "
-            "maps of a recorded run, such as run.recording.maps('entities')."
+            f"{what} have type {type(maps).__name__}; a DataArray with dimensions (step, token, y, x) is needed. Pass "
+            "the maps of a recorded run, such as run.recording.maps('entities')."
         )
     if "token" in maps.dims and "entity" not in maps.dims:
         # Coordinates along token other than its labels (token_index) do not describe entities.
@@ -306,8 +308,8 @@ def steps_first(maps: xr.DataArray, what: str) -> xr.DataArray:
         maps = maps.drop_vars(extra).rename(token="entity")
     if set(maps.dims) != {"step", "entity", "y", "x"}:
         raise SettingError(
-            f"{what} have dimensions {maps.dims}; (step, token, y, x) are needed. Pass the maps of a recorded run, "
-            "such as run.recording.maps('entities'), before a step is selected or steps are averaged."
+            f"{what} have dimensions {maps.dims}; (step, token, y, x) are needed. Pass the maps of all steps of a "
+            "recorded run, such as run.recording.maps('entities')."
         )
     return maps.transpose("step", "entity", "y", "x")
 
@@ -315,6 +317,11 @@ def steps_first(maps: xr.DataArray, what: str) -> xr.DataArray:
 def step_labels(array: xr.DataArray) -> np.ndarray:
     """Values of the coordinate "step" of an array. Without this coordinate, the steps are numbered from 0."""
     return np.asarray(array["step"].values)
+
+
+def _shown(array: xr.DataArray) -> str:
+    """Steps of an array on one line, for an error message; of more than six steps, the first and last three."""
+    return np.array2string(step_labels(array), threshold=6, separator=", ")
 
 
 def _names(maps: Any, entities: Sequence[str] | None, count: int) -> tuple[str, ...]:
@@ -331,7 +338,8 @@ def _names(maps: Any, entities: Sequence[str] | None, count: int) -> tuple[str, 
         names = names or tuple(f"entity {i}" for i in range(count))
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise SettingError(
-            f"entity labels {repeated} occur more than once; every entity needs its own, such as 'car#1' and 'car#2'."
+            f"entities: {', '.join(map(repr, repeated))} {'occurs' if len(repeated) == 1 else 'occur'} more than once. "
+            "Give different labels, such as 'car#1' and 'car#2'."
         )
     return names
 

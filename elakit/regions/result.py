@@ -41,7 +41,8 @@ class Regions:
     def __post_init__(self) -> None:
         if self.masks.ndim != 3 or self.masks.dtype != np.bool_:
             raise SettingError(
-                f"masks are {self.masks.dtype} with shape {self.masks.shape}: give booleans of shape (entity, y, x)."
+                f"masks have type {self.masks.dtype} and shape {self.masks.shape}: give booleans of shape "
+                "(entity, y, x)."
             )
         if self.scores.shape != self.masks.shape:
             raise SettingError(
@@ -52,7 +53,7 @@ class Regions:
             if len(values) != len(self.masks):
                 raise SettingError(
                     f"{what} has {number_of(len(values), 'entry')} for {number_of(len(self.masks), 'mask')}; give one "
-                    "per mask."
+                    "entry per mask."
                 )
         check_disjoint(self.masks)
 
@@ -100,8 +101,8 @@ class Regions:
         if isinstance(other, Regions):
             if other.entities != self.entities:
                 raise SettingError(
-                    f"These regions are of the entities {self.entities}, but the other ones are of {other.entities}. "
-                    "Compare regions of the same entities, in the same order."
+                    f"These regions have the entities {', '.join(self.entities)}, but the regions to compare have "
+                    f"{', '.join(other.entities)}. Compare regions of the same entities, in the same order."
                 )
             masks = other.masks
         else:

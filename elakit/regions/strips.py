@@ -56,7 +56,9 @@ def divide(maps: np.ndarray | torch.Tensor, free: np.ndarray | None = None) -> n
     wide = values.shape[2] >= values.shape[1]
     open_ = np.ones(values.shape[1:], bool) if free is None else np.asarray(free, bool)
     if open_.shape != values.shape[1:]:
-        raise SettingError(f"free has shape {open_.shape}, but each map has {values.shape[1:]}. Give equal shapes.")
+        raise SettingError(
+            f"free has shape {open_.shape}, but each map has {values.shape[1:]}. free must have the shape of one map."
+        )
     if not wide:
         values, open_ = values.swapaxes(1, 2), open_.T
     along = (values - values.min((1, 2), keepdims=True)).sum(1)  # (entity, x)

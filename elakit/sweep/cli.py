@@ -347,7 +347,7 @@ def _methods(text: str, settings: list[str]) -> list[tuple[str, dict[str, Any]]]
         if option in chosen[method]:
             raise SettingError(
                 f"--set {setting}: {method}.{option} is set twice. To compare two values, run the command once for "
-                "each of them with the same --out."
+                "each value, with the same --out."
             )
         chosen[method][option] = value_of(value.strip())
     return list(chosen.items())
@@ -408,7 +408,7 @@ def _kept(units: Sequence[Unit], folder: Path, keep_images: bool) -> int:
 
 def _stored(units: Sequence[Unit], folder: Path, keep_images: bool, total: int) -> str:
     kept = _kept(units, folder, keep_images)
-    return f"{kept} of {number_of(total, 'image')} {'is' if kept == 1 else 'are'} in {folder}"
+    return f"{kept} of {number_of(total, 'image')} {'is' if 1 in (kept, total) else 'are'} in {folder}"
 
 
 def _command() -> str:

@@ -81,8 +81,8 @@ def canonical_options(method: str, options: Mapping[str, Any]) -> str:
 
     if method in METHODS and method not in sweepable():
         raise SettingError(
-            f"{method} needs one region per entity, and the prompts of a suite have none. Use elakit.generate with "
-            f"regions, or choose from {', '.join(sweepable())}."
+            f"{method} needs one region per entity, but a sweep has no regions. Use elakit.generate with regions, or "
+            f"choose from {', '.join(sweepable())}."
         )
     if method not in METHODS:
         raise SettingError(f"There is no method {method!r}. Choose from {', '.join(sweepable())}.")
@@ -158,8 +158,8 @@ def _condition(method: str, options: Mapping[str, Any]) -> dict[str, float]:
     given = {name: checks.share(value, f"{method}.{name}") for name, value in given.items()}
     if CONDITION[0] not in given:
         raise SettingError(
-            f"{method}.{CONDITION[1]} is set without {method}.{CONDITION[0]}, the probability above which an image is "
-            f"guided. Set {method}.{CONDITION[0]} too, for example to 0.2."
+            f"{method}.{CONDITION[1]} is set without {method}.{CONDITION[0]}. Set {method}.{CONDITION[0]} too, for "
+            "example to 0.2: only images with a higher predicted probability of failure are guided."
         )
     given = {CONDITION[1]: 0.2} | given
     from elakit.prediction import SHARES

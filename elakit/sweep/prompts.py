@@ -232,8 +232,8 @@ def _column(names: Sequence[str], path: Path) -> str:
         if name in names:
             return name
     raise SettingError(
-        f"{path} has no column {' or '.join(map(repr, COLUMNS))}; its columns are {', '.join(names)}. Rename the "
-        f"column with the prompts to {COLUMNS[0]!r}."
+        f"{path} has no column {' or '.join(map(repr, COLUMNS))}; columns found: "
+        f"{', '.join(names) or 'none'}. Rename the column with the prompts to {COLUMNS[0]!r}."
     )
 
 

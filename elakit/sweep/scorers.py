@@ -348,8 +348,8 @@ def _load(model_class: Any, processor_class: Any, name: str, device: torch.devic
         return model, processor_class.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
-            f"The model {name!r} cannot be loaded as {model_class.__name__}: {first_line(error)} Give a folder or hub "
-            "id of such a model with safetensors weights."
+            f"The model {name!r} cannot be loaded as {model_class.__name__}: {first_line(error)} Give the folder or "
+            f"hub id of a model for {model_class.__name__} with safetensors weights."
         ) from error
 
 
@@ -357,4 +357,6 @@ def _package(name: str, command: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ModelError(f"This scorer needs the package {name}, which is not installed. Run  {command}") from error
+        raise ModelError(
+            f"A chosen scorer needs the package {name}, which is not installed. Install it with  {command}"
+        ) from error

@@ -15,7 +15,7 @@ from PIL import Image
 from elakit.errors import OutputError, SettingError, clause
 from elakit.files import write_file
 from elakit.sweep.options import PLAIN
-from elakit.sweep.scorers import Sample, Scorer, load_scorer
+from elakit.sweep.scorers import SCORERS, Sample, Scorer, load_scorer
 from elakit.sweep.store import IMAGE, image_path, parsed_prompt, score_file
 from elakit.sweep.store import table as read_table
 
@@ -68,7 +68,7 @@ def score(
     """
     names = [scorers] if isinstance(scorers, str) else list(scorers)
     if not names:
-        raise SettingError("No scorer is given. Name at least one of elakit.sweep.SCORERS, such as clip.")
+        raise SettingError(f"No scorer is given. Choose one or more of {', '.join(SCORERS)}.")
     folder = Path(folder)
     table = read_table(folder, scores=False)
     rows = _samples(folder, table)
@@ -114,7 +114,10 @@ def _samples(folder: Path, table: pd.DataFrame) -> list[dict[str, Any]]:
             beside = plain.get(identity(row))
             rows.append({"key": row["key"], "seed": int(row["seed"]), "sample": _opener(path, beside, row["parsed"])})
     if not rows:
-        raise OutputError(f"{folder} contains no kept image. Run the sweep again with --keep-images.")
+        raise OutputError(
+            f"{folder} contains no kept image, or only images that the safety checker replaced. Run the sweep again "
+            "with --keep-images."
+        )
     return rows
 
 
@@ -133,7 +136,8 @@ def _open(path: Path) -> Image.Image:
             return file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise OutputError(
-            f"The image {path} cannot be read: {clause(error)}. Delete it and run the sweep again."
+            f"The image {path} cannot be read: {clause(error)}. Delete this file, and run the sweep again with "
+            "--keep-images."
         ) from error
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet
 
 from elakit.errors import OutputError, SettingError, clause
 from elakit.files import read_json, write_file, write_json
-from elakit.numbering import number_of, plural
+from elakit.numbering import number_of
 from elakit.prompt import Prompt
 from elakit.sweep.units import OPTIONAL, Unit
 
@@ -102,7 +102,7 @@ def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
     paths = sorted((folder / "units").glob("*.parquet"))
     if not paths:
         raise OutputError(
-            f"{folder} contains no finished unit of a sweep. Generate some with  elakit sweep run --out {folder}"
+            f"{folder} contains no finished unit of a sweep. Generate units with  elakit sweep run --out {folder}"
         )
     tables, broken = [], {}
     for path in paths:
@@ -113,9 +113,8 @@ def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
     if broken:
         named = ", ".join(f"{name} ({reason})" for name, reason in broken.items())
         raise OutputError(
-            f"{len(broken)} of {number_of(len(paths), 'unit')} in {folder / 'units'} cannot be read: {named}. Delete "
-            f"{'this file' if len(broken) == 1 else 'these files'} and run the sweep again to generate the "
-            f"{plural('unit', len(broken))} again."
+            f"{len(broken)} of {number_of(len(paths), 'file')} in {folder / 'units'} cannot be read: {named}. Delete "
+            f"{'this file' if len(broken) == 1 else 'these files'} and run the sweep again."
         )
     kinds = {_INTEGER: pd.Int64Dtype(), _BOOLEAN: pd.BooleanDtype()}
     frame: pd.DataFrame = pa.concat_tables(tables).to_pandas(types_mapper=kinds.get)
@@ -143,8 +142,8 @@ def parsed_prompt(text: str) -> Prompt:
         return Prompt.from_dict(json.loads(text))
     except (TypeError, ValueError, KeyError) as error:
         raise OutputError(
-            "The sweep does not contain the parsed prompts, because it was run with an older release. Run it again in "
-            "a new folder with this release."
+            "The sweep does not contain the parsed prompts, because an older version of elakit generated it. Run the "
+            "sweep again in a new folder."
         ) from error
 
 
@@ -205,14 +204,16 @@ def check_folder(folder: str | Path) -> Path:
         with suppress(FileNotFoundError):
             path.lstat()
             if not path.is_dir():
-                raise OutputError(f"The folder {shown} cannot be used: a file has this name. Choose another.")
+                raise OutputError(f"The folder {shown} cannot be used: it is a file. Choose another folder.")
     except UnicodeEncodeError:
-        raise OutputError(f"The folder {shown} cannot be used: its name is not valid UTF-8. Choose another.") from None
+        raise OutputError(
+            f"The folder {shown} cannot be used: its name is not valid UTF-8. Choose another folder."
+        ) from None
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, OutputError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"The folder {shown} cannot be used: {clause(reason)}. Choose another one.") from error
+        raise OutputError(f"The folder {shown} cannot be used: {clause(reason)}. Choose another folder.") from error
     return path
 
 
@@ -269,8 +270,8 @@ def as_result(unit: Unit, rows: Sequence[dict[str, Any]]) -> Result:
     """
     if [row["seed"] for row in rows] != list(unit.seeds):
         raise SettingError(
-            f"The unit has the seeds {list(unit.seeds)}, but its rows have {[row['seed'] for row in rows]}. Return one "
-            "row per seed, in the order of the unit's seeds."
+            f"generate() returned rows with the seeds {[row['seed'] for row in rows]} for a unit with the seeds "
+            f"{list(unit.seeds)}. Return one row per seed, in the order of the unit's seeds."
         )
     images = {row["seed"]: row["png"] for row in rows if "png" in row}
     plain = [{name: value for name, value in row.items() if name != "png"} for row in rows]
@@ -310,7 +311,7 @@ def _error(path: Path) -> str:
     try:
         return str(read_json(path)["error"])
     except (OutputError, KeyError, TypeError) as error:
-        return f"The unit failed, and its note {path} cannot be read: {error}"
+        return f"The unit failed, and its error in {path} cannot be read: {error}"
 
 
 def _describe(units: Iterable[Unit]) -> dict[str, Any]:

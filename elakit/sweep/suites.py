@@ -80,8 +80,8 @@ def suite(name: str) -> tuple[str, ...]:
 
     if name in BENCHMARKS:
         raise SettingError(
-            f"The prompts of {name} are not shipped (license: {BENCHMARKS[name].license}). Download them and pass the "
-            f"file:\n{BENCHMARKS[name].command}"
+            f"The prompts of {name} are not included in elakit (license: {BENCHMARKS[name].license}). Download them "
+            f"and run a sweep with these commands:\n{BENCHMARKS[name].command}"
         )
     if name not in SUITES:
         raise SettingError(

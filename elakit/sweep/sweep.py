@@ -193,8 +193,8 @@ def _results(
                 yield finished
                 if queue.given_up == GIVEN_UP:
                     raise OutputError(
-                        f"The workers died on {GIVEN_UP} units in a row. Use fewer workers if memory is short. In a "
-                        'script, call run inside `if __name__ == "__main__":`.'
+                        f"The workers died on {GIVEN_UP} units in a row. If memory is short, use fewer workers. "
+                        'If a script calls elakit.sweep.run, put the call inside `if __name__ == "__main__":`.'
                     )
     finally:
         queue.cancel()

@@ -306,6 +306,6 @@ def shard(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
     ([2, 1, 1], True)
     """
     if not 1 <= index <= count:
-        raise SettingError(f"shard={index}/{count}: the index must be from 1 to the number of shards, such as 1/3.")
+        raise SettingError(f"There is no shard {index} of {count}. Give a shard from 1 to the number of shards.")
     mine = {unit.key for unit in sorted(units, key=lambda unit: unit.key)[index - 1 :: count]}
     return [unit for unit in units if unit.key in mine]

@@ -90,7 +90,7 @@ def drawings(noun: str, artists: tuple[str, ...] = ARTISTS) -> tuple[Drawing, ..
     """
     index = _index()
     if noun not in index:
-        raise SettingError(f"picture-world has no drawing of {noun!r}. Its nouns: {', '.join(index)}.")
+        raise SettingError(f"picture-world has no drawing of {noun!r}. Choose from {', '.join(index)}.")
     if unknown := set(artists) - set(ARTISTS):
         named = ", ".join(map(repr, sorted(unknown)))
         raise SettingError(f"Unknown {plural('artist', len(unknown))} {named}. Choose from {', '.join(ARTISTS)}.")

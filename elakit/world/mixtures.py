@@ -138,8 +138,8 @@ def sample_mixture(world: World, rng: np.random.Generator, kinds: tuple[str, ...
         checks.choice(one, "kind", (*KINDS, "occluded"), owner="sample_mixture")
     if not any(world.entities[1:]):
         raise SettingError(
-            "All scenes of this world have one entity, but a mixture needs two. Set World(entities=...) so that some "
-            "scenes have two, such as [0.5, 0.5]."
+            f"World(entities={list(world.entities)}): all scenes have one entity, but a mixture needs two. Set, for "
+            "example, entities=[0.5, 0.5]: half of the scenes then have two entities."
         )
     kind = str(rng.choice(kinds))
     while True:

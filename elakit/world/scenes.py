@@ -213,14 +213,15 @@ class World:
         shares = self.entities
         if not 1 <= len(shares) <= MOST_ENTITIES or not abs(sum(shares) - 1) <= 1e-6 or min(shares) < 0:
             raise SettingError(
-                f"entities is {list(shares)}; give one to {MOST_ENTITIES} numbers from 0 to 1 that add up to 1: the "
-                "share of scenes with one entity, the share with two entities, and so on, such as "
-                "[0.4, 0.4, 0.15, 0.05]."
+                f"World(entities={list(shares)}): must be one to {MOST_ENTITIES} numbers from 0 to 1 that add up to 1, "
+                "such as [0.4, 0.4, 0.15, 0.05]. The first number is the share of scenes with one entity, the second "
+                "the share with two entities, and so on."
             )
         if len(self.single_sizes) != 2 or not 0 < self.single_sizes[0] <= self.single_sizes[1] <= 1:
             raise SettingError(
-                f"single_sizes is {list(self.single_sizes)}; give the smallest and the largest size of the entity "
-                "in a scene with one entity, as shares of the scene's side (above 0, at most 1), such as [0.25, 0.85]."
+                f"World(single_sizes={list(self.single_sizes)}): must be two numbers above 0 and at most 1, the "
+                "smaller number first, such as [0.25, 0.85]. They are the smallest and the largest size of a single "
+                "entity, as shares of the scene's side."
             )
         for setting in ("size", "most_drawings"):
             checks.whole_number(getattr(self, setting), setting, 1, owner="World")
@@ -239,8 +240,8 @@ class World:
         values = list(self.layouts.values())
         if not abs(sum(values) - 1) <= 1e-6 or min(values) < 0 or max(values) > LARGEST_LAYOUT:
             raise SettingError(
-                f"layouts is {dict(self.layouts)}; give each layout of pairs a share from 0 to {LARGEST_LAYOUT}, so "
-                "that the shares add up to 1."
+                f"World(layouts={dict(self.layouts)}): each share must be from 0 to {LARGEST_LAYOUT}, and the shares "
+                f"must add up to 1. They add up to {sum(values):g}."
             )
 
     def drawings(self, noun: str) -> tuple[Drawing, ...]:
@@ -367,10 +368,10 @@ def sample_subjects(world: World, rng: np.random.Generator, layout: str | None =
             continue
         if not any(frozenset(pair) in held_out for pair in itertools.combinations(nouns, 2)):
             return tuple(Subject(noun, _sample_color(noun, world, rng)) for noun in nouns)
-    suits = f" and that suits the layout {layout!r}" if layout else ""
+    what = f"{count} nouns" + (f" for the layout {layout!r}" if layout else "")
     raise SettingError(
-        f"World(held_out={world.held_out}): among {MOST_DRAWS} random sets of {count} nouns, there is none in which "
-        f"every pair may be shown together{suits}. Lower held_out."
+        f"World(held_out={world.held_out}): all {MOST_DRAWS} random choices of {what} were refused, because two of the "
+        "nouns are never shown together in this world. Lower held_out."
     )
 
 

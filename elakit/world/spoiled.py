@@ -80,7 +80,7 @@ def sample_spoiled(world: World, rng: np.random.Generator, kinds: tuple[str, ...
     if unknown := set(kinds) - set(KINDS):
         named = ", ".join(map(repr, sorted(unknown)))
         raise SettingError(
-            f"Unknown {plural('kind', len(unknown))} of unrecognizable shape {named}. Choose from {', '.join(KINDS)}."
+            f"Unknown {plural('kind', len(unknown))} {named} of unrecognizable shapes. Choose from {', '.join(KINDS)}."
         )
     kind, beside = str(rng.choice(kinds)), bool(rng.random() < 0.5)
     subjects = sample_subjects(World(entities=(0, 1), held_out=0, natural=world.natural), rng)[: 1 + beside]

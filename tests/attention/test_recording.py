@@ -186,9 +186,9 @@ def test_steps_are_chosen_by_call_number() -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ({"tokens": "zebra"}, ["zebra", "Recorded: <start>, red, giraffe/1, giraffe/2, <end>"]),
-        ({"tokens": 5}, ["position 5", "Recorded: <start>"]),
-        ({"tokens": []}, ["names nothing"]),
+        ({"tokens": "zebra"}, ["zebra", "Recorded tokens: <start>, red, giraffe/1, giraffe/2, <end>"]),
+        ({"tokens": 5}, ["position 5", "Recorded tokens: <start>"]),
+        ({"tokens": []}, ["selects nothing"]),
         ({"layers": "decoder"}, ["a.down", "b.mid", "c.up"]),
         ({"size": 16}, ["no maps of size 16", "longer side of recorded maps: 4x6, 2x3"]),
         ({"layers": "mid", "size": 6}, ["b.mid (2x3)"]),

@@ -204,7 +204,9 @@ def test_a_label_that_only_one_size_of_maps_has_is_refused(folder: Path) -> None
     labels = np.frombuffer(codec.decode(name.read_bytes()), np.uint32).copy()
     labels[labels == ord("a")] = ord("q")
     name.write_bytes(codec.encode(labels))
-    with pytest.raises(RecordingError, match=r"damaged: its maps of \w+ have no token '.*a.*', which other maps have"):
+    with pytest.raises(
+        RecordingError, match=r"damaged: its maps of size \w+ have no token '.*a.*', which other maps have"
+    ):
         open_recording(folder).maps("entities")
 
 

@@ -375,7 +375,7 @@ def test_a_path_that_is_taken_is_refused_before_the_run(pipe: Any, prompt: Promp
             draw(pipe, prompt.text)
     assert (tmp_path / "thesis").read_text() == "years of work"
     both = record(pipe, prompt, RecordSpec(device="model"), store=tmp_path / "run.zarr")
-    with pytest.raises(SettingError, match="Omit one of the two"), both:
+    with pytest.raises(SettingError, match="Leave out device='model', or"), both:
         draw(pipe, prompt.text)
     with record(pipe, prompt, store=tmp_path / "empty.zarr"):
         pass  # no run
@@ -516,5 +516,7 @@ def test_whatever_is_asked_for_is_a_part_of_everything(
 def test_a_head_that_is_not_there_is_named(shared_pipe: Any) -> None:
     prompt = parse(TEXT, shared_pipe)
     count = min(layer.heads for layer in adapter_for(shared_pipe).layers())
-    with pytest.raises(RecordingError, match=rf"heads=\[0, {count}\]: .* have only {count} heads?, counted from 0"):
+    with pytest.raises(
+        RecordingError, match=rf"heads=\[0, {count}\]: .* have only {count} heads?. Give indices below {count}"
+    ):
         RecordSpec(heads=[0, count]).plan(shared_pipe, prompt, steps=1)

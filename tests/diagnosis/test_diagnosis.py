@@ -443,12 +443,12 @@ def test_the_command_writes_a_page_json_and_the_runs(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["diagnose"], "Give either one prompt"),
-        (["diagnose", WORLD, "--prompts", "none.txt"], "Give either one prompt"),
-        (["diagnose", "--prompts", "none.txt", "--keep", "kept"], "--keep stores the results of one prompt"),
+        (["diagnose"], "No prompt is given. Give either one prompt"),
+        (["diagnose", WORLD, "--prompts", "none.txt"], "A prompt and --prompts are both given."),
+        (["diagnose", "--prompts", "none.txt", "--keep", "kept"], "--keep applies to one prompt only"),
         (["diagnose", WORLD, "--method", "boxdiff"], "--method boxdiff needs regions"),
-        (["diagnose", "--prompts", "none.txt", "--json", "found.json"], "--json stores the results of one prompt"),
-        (["diagnose", WORLD, "--workers", "2"], "--workers 2 applies to a file of prompts"),
+        (["diagnose", "--prompts", "none.txt", "--json", "found.json"], "--json applies to one prompt only"),
+        (["diagnose", WORLD, "--workers", "2"], "--workers 2 applies only to a file of prompts"),
         (["diagnose", WORLD, "--remedies", "magic"], "no remedy 'magic'"),
         (["diagnose", WORLD, "--json", "no/such/found.json"], "there is no folder"),
         (["diagnose", WORLD, "--predictor", "none.json"], "none.json cannot be read"),

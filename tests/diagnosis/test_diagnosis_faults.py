@@ -82,7 +82,7 @@ def test_steps_that_separate_are_not_said_to_use_regions() -> None:
         "In the first 2 steps, the entities' maps were moved apart, without regions."
     )
     used.rows[-1] |= {"guided": False, "moved": 0}
-    assert describe_regions(used).endswith("need no more guidance. No region was used to guide this image.")
+    assert describe_regions(used).endswith("need no further guidance, so these regions had no effect.")
 
 
 def test_screen_readers_are_told_which_remedy_made_an_image() -> None:

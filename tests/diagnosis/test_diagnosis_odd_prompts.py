@@ -54,7 +54,7 @@ ERRORS = {
     "empty": ("", "empty"),
     "only spaces": ("  \t ", "empty"),
     "no noun": ("under and over", "No entity found.*brackets"),
-    "unbalanced brackets": ("a [red car and a [bird]", "opens inside the one at"),
+    "unbalanced brackets": ("a [red car and a [bird]", "opens before the bracket at"),
     "a closing bracket alone": ("a cat] and a frog", "no opening bracket"),
     "empty brackets": ("a [] and a [frog]", "is empty"),
     "too long": ("a cat and a frog " * 40, "tokens, but the text encoder takes.*Shorten"),

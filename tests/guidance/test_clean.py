@@ -97,7 +97,7 @@ def test_a_first_step_of_pure_noise_has_a_finite_level(make: Any) -> None:
 def test_a_scheduler_whose_noise_is_not_known_is_refused() -> None:
     scheduler = SCMScheduler()
     scheduler.set_timesteps(2)
-    with pytest.raises(ModelError, match=r"SCMScheduler is not known.*scheduler='DDIMScheduler'"):
+    with pytest.raises(ModelError, match=r"SCMScheduler are not known.*scheduler='DDIMScheduler'"):
         noise_levels(scheduler)
 
 

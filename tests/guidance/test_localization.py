@@ -128,8 +128,8 @@ def test_five_entities_get_regions_and_narrow_strips_are_reported() -> None:
     regions = run.guidance.regions
     assert regions.any(("y", "x")).all()
     assert int(regions.sum("entity").max()) == 1
-    with pytest.warns(UserWarning, match="5 entities get strips of 1/5 of the image"):
+    with pytest.warns(UserWarning, match="divides the image into 5 strips"):
         generate(pipe, text, steps=3, guidance=RegionalAttention(), record=False, progress=False)
     first = RegionalAttention(regions=[(0, 0, 0.2, 1), None, None, None, None])
-    with pytest.warns(UserWarning, match="4 entities get strips of 1/4 of what the given regions leave of the image"):
+    with pytest.warns(UserWarning, match="divides the area outside the given regions into 4 strips"):
         generate(pipe, text, steps=3, guidance=first, record=False, progress=False)

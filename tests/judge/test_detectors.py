@@ -640,7 +640,7 @@ def test_code_in_a_checkpoint_is_not_run(parts, tmp_path):
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"nms": -0.1}, "nms is -0.1"),
         ({"query": "a cat"}, "query is 'a cat'"),
-        ({"text_threshold": 0.3}, "OwlDetector has no option 'text_threshold'; it has threshold, nms, query"),
+        ({"text_threshold": 0.3}, "has no option 'text_threshold'. Choose from threshold, nms, query"),
         ({"device": "gpu"}, "device='gpu' is not a device"),
     ],
 )

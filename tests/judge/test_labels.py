@@ -202,7 +202,7 @@ def test_labeled_images_have_their_file_and_their_prompt(tmp_path: Path) -> None
             "3,1,1,,,0,0",
             r"labels.csv, line 2: image=3: must be the number of an image in .*key.json. Corr",
         ),
-        ("a cat", "2,1,1,,,0,0", r"labels.csv, line 2: .*images has no image 2; its name must be 0002.png, .*Restore"),
+        ("a cat", "2,1,1,,,0,0", r"labels.csv, line 2: .*images has no image 2, such as 0002.png .*Restore"),
         ("a cat", "1,1,1,0,0,0,0", "line 2 has labels of 2 entities, but the prompt 'a cat' has 1. Correct the row"),
         ("a cat and a bowl", "1,1,1,,,0,0", "line 2 has labels of 1 entity, but .* has 2. Correct the row"),
         ("a zebra", "1,1,1,,,0,0", "key.json, image 1, prompt 'a zebra': noun='zebra': must be one of 'cat', .*Delete"),

@@ -164,7 +164,7 @@ def test_steps_and_entities_are_carried_along():
         (MAP * np.nan, CAR, "NaN"),
         (-MAP, CAR, "never negative"),
         (MAP, MAP, "boolean masks"),
-        (MAP[0], CAR, "shape must be"),
+        (MAP[0], CAR, "maps: the shape is .* must be"),
         (np.stack([MAP] * 2), np.stack([CAR] * 3), "leading dimensions"),
     ],
 )
@@ -177,5 +177,5 @@ def test_invalid_arrays_are_refused_with_a_reason(measure, maps, masks, says):
 def test_an_invalid_size_is_refused(size):
     with pytest.raises(SettingError, match="rows and columns"):
         downscale(CAR, size)
-    with pytest.raises(SettingError, match="at least one pixel"):
+    with pytest.raises(SettingError, match="at least one location"):
         downscale(np.zeros((2, 0, 4), bool), (2, 2))

@@ -174,7 +174,7 @@ def test_dimensions_of_a_data_array_are_read_by_name():
     ("call", "message"),
     [
         (lambda: leakage([CAT, FROG], [CAT_REGION, CAT_REGION]), "3 locations belong to more than one region"),
-        (lambda: leakage(CAT, CAT_REGION), "are needed"),
+        (lambda: leakage(CAT, CAT_REGION), "maps must be"),
         (lambda: leakage([CAT], [CAT_REGION[:, :3]]), "Resize"),
         (lambda: leakage([CAT], [CAT]), "boolean masks"),
         (lambda: leakage([CAT * np.nan], [CAT_REGION]), "NaN"),
@@ -183,14 +183,14 @@ def test_dimensions_of_a_data_array_are_read_by_name():
         (lambda: leakage(xr.DataArray([CAT], dims=("entity", "y", "column")), [CAT_REGION]), "both y and x"),
         (lambda: leakage(np.ma.masked_greater([CAT], 7), [CAT_REGION]), "1 value is masked"),
         (lambda: leakage([np.ma.masked_less(CAT, 1), FROG], [CAT_REGION, FROG_REGION]), "2 values are masked"),
-        (lambda: truth_leakage([CAT], CAT_REGION), "are needed"),
+        (lambda: truth_leakage([CAT], CAT_REGION), "maps must be"),
         (lambda: truth_leakage([CAT], [CAT]), "boolean masks"),
         (lambda: truth_leakage(np.ones((2, 1, 2, 4)), np.zeros((3, 1, 2, 4), bool)), "leading dimensions"),
         (lambda: bleed([[0.5, 0.3, 0.2]]), "own="),
-        (lambda: bleed([[0.5, 0.3, 0.2]], own=[2]), "a list of length 1 with an index from 0 to 1"),
+        (lambda: bleed([[0.5, 0.3, 0.2]], own=[2]), r"a list of length 1\. For each row, give an index from 0 to 1"),
         (lambda: bleed([0.5, 0.3]), "leakage matrix has shape"),
         (lambda: binding([CAT], [CAT, FROG], owners=[0, 1]), "owners"),
-        (lambda: binding(CAT, [CAT], owners=[0]), "are needed"),
+        (lambda: binding(CAT, [CAT], owners=[0]), "attributes must be"),
     ],
 )
 def test_invalid_arrays_are_refused_with_a_reason(call, message):

@@ -286,7 +286,7 @@ def test_projections_that_are_fused_inside_a_recording_are_refused(pipe: Any) ->
         pipe.unet.fuse_qkv_projections()
         draw(pipe)
 
-    with pytest.raises(RecordingError, match="before the block"):
+    with pytest.raises(RecordingError, match="before the `with` block"):
         observe(pipe, run)
     pipe.unet.unfuse_qkv_projections()
     assert observe(pipe, lambda: draw(pipe))[1]

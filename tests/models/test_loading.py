@@ -190,7 +190,7 @@ def test_code_that_comes_with_a_model_is_never_run(copy: Path, tmp_path: Path) -
     with pytest.raises(ModelError, match="runs no code"):
         load(copy)
     change_index(copy, _class_name="StableDiffusionPipeline", unet=["mine", "Mine"])
-    with pytest.raises(ModelError, match="takes its unet from 'mine'"):
+    with pytest.raises(ModelError, match="takes its unet from the library 'mine'"):
         load(copy)
     assert not marker.exists()
 
@@ -255,7 +255,7 @@ def test_a_missing_or_unknown_weight_is_named(copy: Path, part: str) -> None:
     with pytest.raises(ModelError, match=f"{part.partition('/')[0]} .* 1 weight missing .*{lost}"):
         load(copy, device="cpu")
     save_file(whole | {"surplus.weight": torch.zeros(1)}, path, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"not known to its architecture \(surplus.weight\)"):
+    with pytest.raises(ModelError, match=r"not known to this class \(surplus.weight\)"):
         load(copy, device="cpu")
 
 
@@ -266,7 +266,7 @@ def test_an_index_of_weights_that_names_a_pickle_is_refused(copy: Path) -> None:
     weights.unlink()
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.bin")}
     (copy / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=r"names 'model-00001-of-00001.bin'"):
+    with pytest.raises(ModelError, match=r"names the file 'model-00001-of-00001.bin'"):
         load(copy, device="cpu")
 
 
@@ -337,7 +337,7 @@ main()
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
-    said = "peft 0.13.0 is installed, and diffusers needs 0.17 or later: `pip install -U 'peft>=0.17'`"
+    said = "peft 0.13.0 is installed, but diffusers needs peft 0.17 or later. Run `pip install -U 'peft>=0.17'`"
     assert done.returncode == 2, done.stderr
     assert said in done.stdout
     assert done.stderr.splitlines()[-1].startswith("elakit: diffusers cannot be imported (")

@@ -98,7 +98,7 @@ def test_sizes(pipe: Any) -> None:
     assert adapter.default_size() == (32, 32)
     assert adapter.latent_size(*adapter.default_size()) == (8, 8)
     assert adapter.text_length() == 20
-    for height, width, part in ((30, 32, "height is 30"), (32, 0, "width is 0"), (-8, 32, "multiple of 4")):
+    for height, width, part in ((30, 32, "height=30"), (32, 0, "width=0"), (-8, 32, "multiple of 4")):
         with pytest.raises(SettingError, match=part):
             adapter.latent_size(height, width)
 

@@ -157,7 +157,7 @@ def test_figures_show_one_frame(tmp_path: Path) -> None:
     with pytest.raises(RecordingError, match=r"videos of 3 frames, .* an index from 0 to 2"):
         elakit.plot.token_maps(recording)
     given = {"image": Image.new("RGB", (48, 32)), "prompt": recording.prompt, "seed": 7, "settings": {}}
-    with pytest.raises(RecordingError, match="A run has one image, but the recording is of videos of 3 frames"):
+    with pytest.raises(RecordingError, match="A run has one image, but the recording has videos of 3 frames"):
         elakit.Run(**given, recording=recording)
     run = elakit.Run(**given, recording=recording.frame(1))
     assert set(run.bleeding.to_frame()["entity"].dropna()) >= {"car", "giraffe"}
@@ -187,12 +187,12 @@ def test_what_needs_images_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match=f"{name} can be recorded"):
         record_image(pipe, TEXT, Image.new("RGB", (64, 64)))
     with (
-        pytest.raises(RecordingError, match="Concepts that are not in the prompt"),
+        pytest.raises(RecordingError, match="`map_concepts` does not support"),
         map_concepts(pipe, TEXT, ["frog", "clock"]),
     ):
         pass
     with (
-        pytest.raises(RecordingError, match="among the locations of all frames"),
+        pytest.raises(RecordingError, match="attends to the locations of all frames"),
         record(pipe, TEXT, RecordSpec(self_attention=6)),
     ):
         pass

@@ -428,7 +428,7 @@ def test_an_mp4_file_is_written_if_ffmpeg_is_installed(plain: Run, tmp_path: Pat
         ("regions.gif", {"speed": 0}, SettingError, "speed"),
         ("regions.gif", {"panel": 5}, SettingError, "panel"),
         ("regions.gif", {"steps": [99]}, SettingError, "not available"),
-        ("regions.gif", {"steps": [-99]}, SettingError, "not available: -99"),
+        ("regions.gif", {"steps": [-99]}, SettingError, "-99 is not available"),
         ("missing/regions.gif", {}, OutputError, "cannot be written"),
     ],
 )

@@ -93,7 +93,7 @@ def test_many_steps_fit_the_page() -> None:
 @pytest.mark.parametrize(
     ("table", "options", "said"),
     [
-        (profile().drop(columns="head"), {}, r"lacks these columns: head.*elakit.causes.profile"),
+        (profile().drop(columns="head"), {}, r"lacks the column head\. .*elakit.causes.profile"),
         (profile(), {"measure": "iou"}, "measure='iou' is unknown; choose from bleed, spill"),
         (profile(), {"across": "entity"}, "'head' or 'step'"),
     ],
@@ -157,7 +157,7 @@ def test_a_dot_is_full_where_the_difference_is_no_accident() -> None:
 
 def test_a_table_without_a_required_column_is_refused() -> None:
     summary = sweep.summary(method_table())
-    with pytest.raises(SettingError, match=r"lacks these columns: broken_low\. Compute it with elakit.sweep.summary"):
+    with pytest.raises(SettingError, match=r"lacks the column broken_low\. Compute the summary with"):
         plot.method_comparison(summary.drop(columns="broken_low"))
     with pytest.raises(SettingError, match=r"no rows.*Keep at least one row"):
         plot.method_comparison(summary.iloc[:0])

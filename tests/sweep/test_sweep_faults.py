@@ -116,7 +116,7 @@ def test_units_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     names = [f"{unit.key}.parquet" for unit in units[:2]]
     for name in names:
         (tmp_path / "units" / name).write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(OutputError, match="2 of 4 units") as raised:
+    with pytest.raises(OutputError, match="2 of 4 files") as raised:
         table(tmp_path)
     assert all(name in str(raised.value) for name in names)
 

@@ -200,7 +200,7 @@ def test_values_that_no_control_can_show_are_refused(option: str, value: Any, sa
 
 
 def test_regions_that_are_set_as_an_option_are_refused_with_the_way_to_draw_them(chosen: Choices) -> None:
-    with pytest.raises(SettingError, match=r"ela: regions are not set as an option.*panel\.draw"):
+    with pytest.raises(SettingError, match=r"ela: regions cannot be given as an option.*panel\.draw"):
         chosen.with_method("ela").with_options({"regions": [LEFT, LEFT]})
     with pytest.raises(SettingError, match=r"syngen has no option 'regions'"):
         chosen.with_method("syngen").with_options({"regions": [LEFT, LEFT]})

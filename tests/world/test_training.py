@@ -232,7 +232,7 @@ def test_two_processes_train_together_as_one_with_both_batches(tmp_path: Path) -
 
 def test_a_checkpoint_with_other_batches_is_refused(tmp_path: Path) -> None:
     fit(tmp_path)
-    with pytest.raises(SettingError, match="with 4 images per step, and this run has 2"):
+    with pytest.raises(SettingError, match="with 4 images per step, but this run has 2 images"):
         fit(tmp_path, batch=2)
 
 

@@ -48,7 +48,7 @@ def test_labels_without_images_or_images_without_labels_are_named(tmp_path: Path
     with pytest.raises(SettingError, match="no image 3"):
         read_labeled([tmp_path], 16)
     (tmp_path / "labels.csv").write_text(",".join(COLUMNS) + "\n1,,,,,,\n")
-    with pytest.raises(SettingError, match=r"Fill in labels\.csv"):
+    with pytest.raises(SettingError, match=r"Fill in labels\.csv in this folder"):
         read_labeled([tmp_path], 16)
 
 

@@ -107,8 +107,8 @@ def figures(diagnosis: DiagnosisData, example: Pair) -> list[Figure]:
 
 def _tokens(run: str) -> str:
     return (
-        f"Attention to each word of the prompt {run}. Each row is one step, and the rows are spaced evenly from the "
-        "first step to the last; none is a mean over steps."
+        f"Attention to each word of the prompt, {run}. Each row shows one step, not a mean over steps. The steps are "
+        "spaced evenly from the first to the last."
     )
 
 
@@ -129,8 +129,8 @@ def describe_regions(trace: Trace) -> str:
     unused = sorted(with_regions - set(guided))
     if not guided:
         return (
-            f"{began}At {step_name(unused[-1])}, the regions shown here were localized, and the image was found to "
-            "need no more guidance. No region was used to guide this image."
+            f"{began}At {step_name(unused[-1])}, the regions shown here were localized. The image was found to need no "
+            f"{'further ' if before else ''}guidance, so these regions had no effect."
         )
     regions = trace.regions.sel(step=guided)
     steps, masks = [int(step) for step in regions.step.values], regions.values

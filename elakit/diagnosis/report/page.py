@@ -186,11 +186,11 @@ def _why_example(diagnosis: DiagnosisData, example: Pair) -> str:
     if fixed == 1:
         return "The only fixed seed."
     frequent = bool(diagnosis.failures) and example.seed in diagnosis.failures[0].seeds
-    which = f"Of the {fixed} fixed seeds" if fixed else f"Of the {count} seeds"
+    which = f"the {fixed} fixed seeds" if fixed else f"the {count} seeds"
     if frequent:
-        which += ", of which this report prefers those with the most frequent failure"
+        which = f"those of {which} whose plain image has the most frequent failure"
     none = f"{method_title(diagnosis.method)} fixed no seed. " if diagnosis.judged and not fixed else ""
-    return f"{none}{which}, the one with the highest bleed without guidance."
+    return f"{none}The seed with the highest bleed without guidance among {which}."
 
 
 def _details(example: Pair) -> list[dict[str, Any]]:

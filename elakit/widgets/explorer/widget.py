@@ -204,7 +204,7 @@ class Explorer(anywidget.AnyWidget):
         step = int(value) + (steps[-1] + 1 if value < 0 else 0) if is_whole(value) else None
         if step is None or step not in steps:
             dense = len(steps) > 1 and steps == list(range(steps[0], steps[-1] + 1))
-            there = f"{steps[0]} to {steps[-1]}" if dense else ", ".join(map(str, steps))
+            there = f"any number from {steps[0]} to {steps[-1]}" if dense else ", ".join(map(str, steps))
             raise RefusedError(f"step={value!r}: choose from {there}; negative numbers count from the end.")
         return step
 
@@ -358,6 +358,6 @@ def _checked(runs: Sequence[Any]) -> tuple[Run, ...]:
             )
         if run.recording is None:
             raise RecordingError(
-                f"The {run.label} run with seed {run.seed} was not recorded; generate it with record=True."
+                f"The {run.label} run with seed {run.seed} was not recorded. Generate it again with record=True."
             )
     return tuple(runs)

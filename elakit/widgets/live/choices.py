@@ -159,13 +159,13 @@ class Choices:
         """
         if REGIONS in given and self.takes_regions:
             raise SettingError(
-                f"{self.method}: regions are not set as an option of the panel. Draw them on the image, or call "
-                "panel.draw(entity, region) for each entity."
+                f"{self.method}: regions cannot be given as an option of the panel. Draw the regions on the image, or "
+                "call panel.draw(entity, region) for each entity."
             )
         kind = None if self.method == PLAIN else METHODS[self.method]
         there = {} if kind is None else {option.name: option for option in options.options(kind)}
         if unknown := sorted(given.keys() - there.keys()):
-            known = f"its options are {', '.join(there)}" if there else "it has no options"
+            known = f"choose from {', '.join(there)}" if there else "it has no options"
             raise SettingError(
                 f"{self.method} has no {plural('option', len(unknown))} {', '.join(map(repr, unknown))}; {known}."
             )

@@ -9,6 +9,7 @@ from typing import Any
 from elakit.errors import ElakitError, PromptError, SettingError
 from elakit.guidance import METHODS, Method, build
 from elakit.guidance.layout import Layout
+from elakit.numbering import plural
 from elakit.widgets.live.choices import NUMBERS, PLAIN, Choices
 from elakit.widgets.live.options import REGIONS
 
@@ -129,8 +130,8 @@ def _check_regions(choices: Choices) -> None:
     missing = [label for label, region in choices.regions().items() if region is None]
     if choices.needs_regions and missing:
         raise SettingError(
-            f"{choices.method} needs a region for each entity; missing: {', '.join(missing)}. "
-            "Draw a box for each missing one on the image, or call panel.draw(entity, region)."
+            f"{choices.method} needs a region for each entity. {plural('Entity', len(missing))} whose region is "
+            f"missing: {', '.join(missing)}. Draw each missing region on the image, or call panel.draw(entity, region)."
         )
 
 

@@ -124,7 +124,9 @@ class Session:
             if self.now.going:
                 raise SettingError("A run is in progress: wait for its end, or cancel it, before you start another.")
             if self.pipe in _BUSY:
-                raise SettingError("The pipeline is in use by another panel: wait for that run, or cancel it there.")
+                raise SettingError(
+                    "A run in another panel uses this pipeline: wait for its end, or cancel it in that panel."
+                )
             _BUSY.add(self.pipe)
             self._steered, self._progress, self._pace = False, None, (0.0, 0.0)
             self._apply(lambda now: now.start(pause_after))

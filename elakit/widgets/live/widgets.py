@@ -147,7 +147,7 @@ class Stage(anywidget.AnyWidget):
         if boxes and len(boxes) != len(self._entities):
             raise RefusedError(
                 f"boxes has {number_of(len(boxes), 'entry')} for {number_of(len(self._entities), 'entity')}; give one "
-                "per entity, a box or None."
+                "entry per entity: a box, or None for no box."
             )
         try:
             checked = check_layout(boxes, "boxes", partial=True)

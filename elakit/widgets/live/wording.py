@@ -99,7 +99,8 @@ def note(choices: Choices, now: RunState, guided: list[int]) -> str:
     name = method_title(choices.method)
     if not choices.takes_regions:
         able = [method_title(each) for each in METHODS if METHODS[each].takes_regions]
-        return f"{'A plain run' if choices.method == PLAIN else name} takes no regions; {', '.join(able)} do."
+        who = "A plain run" if choices.method == PLAIN else name
+        return f"{who} takes no regions. Methods with regions: {', '.join(able)}."
     if not now.going:
         if choices.needs_regions:
             return f"{name} needs a region for each entity."

@@ -90,7 +90,7 @@ def marked(prompt: Prompt, marks: Marks) -> Prompt:
     """
     if not marks:
         raise PromptError(
-            f"No word of {prompt.text!r} would be left as an entity: mark another word as an entity first."
+            f"The prompt {prompt.text!r} must keep at least one entity. Mark another word as an entity first."
         )
     return replace(prompt, entities=tuple(_entity(prompt, noun, sorted(marks[noun])) for noun in sorted(marks)))
 

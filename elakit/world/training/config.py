@@ -177,8 +177,8 @@ class DenoiserSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.least_weight <= 0.5:
             raise SettingError(
-                f"least_weight is {self.least_weight}; give a number from 0 (no lower bound) to 0.5, the weight where "
-                "signal and noise are equal."
+                f"least_weight is {self.least_weight}; give a number from 0 to 0.5. With 0, the loss weights have no "
+                "lower bound. 0.5 is the weight of a timestep with equal signal and noise."
             )
 
 
@@ -307,5 +307,6 @@ def _section(kind: type, values: dict[str, Any], name: str, path: Path) -> Any:
     except TypeError as error:
         allowed = [f.name for f in fields(kind) if not f.name.startswith("_")]
         raise SettingError(
-            f"Section [{name}] of {path}: {clause(error)}. Its settings are {', '.join(allowed)}."
+            f"Section [{name}] of {path} is wrong: {clause(error).removeprefix(f'{kind.__name__}.__init__() ')}. This "
+            f"section has the settings {', '.join(allowed)}."
         ) from error

@@ -77,7 +77,10 @@ def read_labeled(folders: Sequence[Path], size: int) -> Labeled:
     """
     found = [one for folder in folders for one in read_images(folder)]
     if not found:
-        raise SettingError(f"No image in {', '.join(map(str, folders))} is labeled. Fill in labels.csv.")
+        raise SettingError(
+            f"No image in {', '.join(map(str, folders))} is labeled. Fill in labels.csv in "
+            f"{'this folder' if len(folders) == 1 else 'at least one of these folders'}."
+        )
     images = [np.array(open_image(one.path).resize((size, size))) for one in found]
     nouns = [([1 + NOUNS.index(noun) for noun in named_nouns(one.prompt)] + [0])[:SLOTS] for one in found]
     nameable = [([*one.label.nameable, False])[:SLOTS] for one in found]

@@ -170,9 +170,9 @@ def train(
         state = torch.load(path, weights_only=True)
         if state["images_per_step"] != schedule.images_per_step:
             raise SettingError(
-                f"{path} was trained with {number_of(state['images_per_step'], 'image')} per step, and this run has "
-                f"{schedule.images_per_step}, so it cannot be resumed at the right step. Use the batch size and the "
-                "number of processes of the earlier run, or another folder."
+                f"{path} was trained with {number_of(state['images_per_step'], 'image')} per step, but this run has "
+                f"{number_of(schedule.images_per_step, 'image')} per step. Use the batch size and the number of "
+                "processes of the earlier run, or give another folder as --out."
             )
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
