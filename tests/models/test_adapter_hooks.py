@@ -392,7 +392,7 @@ def test_places_and_sizes_of_the_transformers() -> None:
     assert [adapter_for(tiny_pixart(sigma=s)).text_length() for s in (False, True)] == [120, 300]
     assert pixart.default_size() == sd3.default_size() == (32, 32)
     for adapter in (flux, sd3, pixart):
-        with pytest.raises(SettingError, match="width is 36"):
+        with pytest.raises(SettingError, match="width=36"):
             adapter.latent_size(32, 36)
 
 

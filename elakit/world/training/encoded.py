@@ -201,7 +201,7 @@ def encode(composed: Composed, vae: Any, tokenizer: CLIPTokenizer, device: torch
 
 
 def _classes(scene: Scene, side: int) -> np.ndarray:
-    """What a scene shows at the center of each latent location, as class numbers, uint8, (side, side).
+    """Class numbers of the background or things at the centers of the latent locations, uint8, (side, side).
 
     The number is 0 for the background, and 1 + index of the noun in ``NOUNS`` for a thing.
     """
