@@ -33,10 +33,15 @@ def clause(error: object) -> str:
     Parameters
     ----------
     error : Exception or str
+        A KeyError is described in words, because its message is only the key.
 
     Examples
     --------
+    >>> clause(KeyError("seed"))
+    "the key 'seed' is missing"
     >>> f"The image cannot be read: {clause(OSError('It is truncated.'))}. Delete it."
     'The image cannot be read: It is truncated. Delete it.'
     """
+    if isinstance(error, KeyError) and len(error.args) == 1:  # Python's own message is only the key
+        return f"the key {error.args[0]!r} is missing"
     return str(error).rstrip().removesuffix(".")

@@ -404,9 +404,9 @@ def _intact(path: Path) -> Iterator[None]:
             f"{path} is damaged: {clause(error)}. Restore the run's folder, or generate the run again."
         ) from error
     except Exception as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        reason = clause(error) or type(error).__name__
         raise OutputError(
-            f"{path} is damaged: {clause(reason)}. Restore the run's folder, or generate the run again."
+            f"{path} is damaged: {reason}. Restore the run's folder, or generate the run again."
         ) from error
 
 
@@ -418,6 +418,8 @@ def _check_format(table: Any, folder: Path) -> None:
     if not isinstance(table, dict):
         raise ValueError("it is not a JSON object")
     found = table.get("format", 1)
+    if type(found) is not int:
+        raise ValueError(f"its format is {found!r}, which is not a whole number")
     if found != FORMAT:
         newer = isinstance(found, int) and found > FORMAT
         step = (

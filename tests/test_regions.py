@@ -422,3 +422,10 @@ def test_attention_that_a_word_gets_everywhere_says_nothing_of_its_place():
     assert raw.masks.astype(int).tolist() == [[[1, 1, 1]], [[0, 0, 0]]]
     level = localize([cat, frog], sot, min_area=0, subtract_pedestal=True)
     assert level.masks.astype(int).tolist() == [[[1, 0, 0]], [[0, 1, 0]]]
+
+
+def test_more_entities_than_locations_cannot_have_regions_whatever_the_smallest_area() -> None:
+    maps = np.full((3, 1, 2), 0.5)
+    for least in (None, 1):
+        with pytest.raises(SettingError, match="3 entities cannot have disjoint regions on a map of 2 locations"):
+            localize(maps, np.full((1, 2), 0.1), min_area=least)

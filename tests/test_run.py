@@ -193,7 +193,7 @@ def test_an_interrupted_replacement_is_pointed_out(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "message"),
     [(None, "an older version of elakit"), (1, "format is 1, and this version"), (FORMAT + 1, "Update elakit"),
-     ("x", "format is 'x'")],
+     ("x", r"run\.json is damaged: its format is 'x', which is not a whole number")],
 )  # fmt: skip
 def test_a_run_of_another_version_is_refused(folder: Path, found: object, message: str) -> None:
     table = json.loads((folder / "run.json").read_text())

@@ -70,7 +70,7 @@ def profile(run: Run) -> pd.DataFrame:
     np.True_
     """
     if run.recording is None:
-        raise RecordingError("This run was not recorded; generate it with record=True to see its attention.")
+        raise RecordingError("This run was not recorded. Generate it again with record=True.")
     regions = run.regions
     size = regions.sizes["y"], regions.sizes["x"]
     parts = []

@@ -48,7 +48,7 @@ def at_step(values: xr.DataArray, step: int | None) -> tuple[xr.DataArray, str]:
     """
     if step is None:
         return values.mean("step"), "Mean over the steps."
-    chosen = style.pick_steps(values.step.values, [step])[0]
+    chosen = style.pick_steps(values.step.values, [step], "step")[0]
     return values.sel(step=chosen), f"{step_name(chosen).capitalize()}."
 
 

@@ -99,11 +99,11 @@ def recorded(run: Run | Recording) -> Recording:
             )
         return run
     if run.recording is None:
-        raise RecordingError("This run was not recorded; generate it with record=True to see its attention.")
+        raise RecordingError("This run was not recorded. Generate it again with record=True.")
     return run.recording
 
 
-def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
+def pick_steps(there: Sequence[int], wanted: int | Sequence[int], name: str = "steps") -> list[int]:
     """Select the steps that a figure shows from the available steps.
 
     Parameters
@@ -114,6 +114,8 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
         An int is the number of steps to select, evenly spaced from the first to the last, up to rounding. The number 1
         selects the last step. If fewer steps are available, all are selected. A list names the steps to select;
         negative numbers count back from the last available step.
+    name : str
+        Name of the argument, for error messages.
 
     Returns
     -------
@@ -143,7 +145,7 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
     named = [int(step) if step >= 0 else steps[-1] + 1 + int(step) for step in wanted]
     if missing := [given for given, step in zip(wanted, named, strict=True) if step not in steps]:
         raise SettingError(
-            f"steps: {', '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} not available. Choose from "
+            f"{name}: {', '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} not available. Choose from "
             f"{_span(steps)}; steps count from 0."
         )
     if not named:

@@ -279,7 +279,7 @@ def load_predictor(path: str | Path | None = None) -> Predictor:
     path = data_path("picture-world", "predictor.json") if path is None else Path(path)
     table = read_json(path)
     remedy = f"Fit a predictor on a sweep: elakit predict fit SWEEP --out {path.name}."
-    if not isinstance(table, dict) or "weights" not in table:
+    if not isinstance(table, dict) or "weights" not in table or type(table.get("format", 1)) is not int:
         raise OutputError(f"{path} is not a predictor. {remedy}")
     if (found := table.get("format", 1)) != FORMAT:
         newer = isinstance(found, int) and found > FORMAT

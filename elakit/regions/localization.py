@@ -355,12 +355,11 @@ def _least_area(min_area: int | None, count: int, area: int) -> int:
     SettingError
         The map is too small for `count` regions of this area.
     """
+    if count > area and min_area != 0:
+        raise SettingError(
+            f"{count} entities cannot have disjoint regions on a map of {number_of(area, 'location')}. Use larger maps."
+        )
     if min_area is None:
-        if count > area:
-            raise SettingError(
-                f"{count} entities cannot have disjoint regions on a map of {number_of(area, 'location')}. Use larger "
-                "maps."
-            )
         return min(max(1, round(FLOOR * area)), area // count)
     if min_area * count > area:
         raise SettingError(

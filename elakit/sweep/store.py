@@ -140,7 +140,11 @@ def parsed_prompt(text: str) -> Prompt:
     """
     try:
         return Prompt.from_dict(json.loads(text))
-    except (TypeError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
+        raise OutputError(
+            f"A parsed prompt of the sweep is damaged: {clause(error)}. Run the sweep again in a new folder."
+        ) from error
+    except TypeError as error:
         raise OutputError(
             "The sweep does not contain the parsed prompts, because an older version of elakit generated it. Run the "
             "sweep again in a new folder."
@@ -311,7 +315,7 @@ def _error(path: Path) -> str:
     try:
         return str(read_json(path)["error"])
     except (OutputError, KeyError, TypeError) as error:
-        return f"The unit failed, and its error in {path} cannot be read: {error}"
+        return f"The unit failed, and its error in {path} cannot be read: {clause(error)}."
 
 
 def _describe(units: Iterable[Unit]) -> dict[str, Any]:

@@ -125,6 +125,8 @@ def test_a_damaged_note_of_a_failure_does_not_end_the_report(tmp_path: Path) -> 
     finished(tmp_path)
     (tmp_path / "failed" / "abc.json").write_text("{")
     assert "abc.json cannot be read" in store.failures(tmp_path)["abc"]
+    (tmp_path / "failed" / "abc.json").write_text("{}")
+    assert store.failures(tmp_path)["abc"].endswith("cannot be read: the key 'error' is missing.")
     report.write(tmp_path)
 
 

@@ -452,6 +452,22 @@ def test_crowds_of_other_settings_are_composed_again(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("width = 8\n", "widht = 8\n", r"\[vae\] of .*: unknown setting widht; missing setting width\. The settings"),
+        ("noise = 0.1", "noise = '0.1'", r"\[vae\] of .*: noise is '0.1'; give a number\."),
+        ("batch = 4", "batch = true", r"\[vae\] of .*: batch is True; give a whole number\."),
+        ("size = 64", "size = 0", r"\[world\] of .*: World\(size=0\): must be a whole number, 1 or more"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_section_and_file(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in SMALL
+    (tmp_path / "wrong.toml").write_text(SMALL.replace(old, new, 1))
+    with pytest.raises(SettingError, match=message):
+        read_config(tmp_path / "wrong.toml")
+
+
 @pytest.mark.parametrize("least", [-0.1, 0.6])
 def test_a_lower_bound_that_would_make_the_weights_jump_is_refused(least: float) -> None:
     with pytest.raises(SettingError, match=f"least_weight is {least}; give a number from 0"):

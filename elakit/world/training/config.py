@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from elakit.errors import SettingError, clause
+from elakit.numbering import plural
 from elakit.resources import data_path
 from elakit.world.scenes import World
 
@@ -300,13 +301,31 @@ def read_config(path: Path | None = None) -> Config:
     return Config(**{name: _section(kinds[name], table[name], name, path) for name in kinds})
 
 
+# Types that a setting may have in the file, by its annotation, and their names in error messages.
+_KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "text in quotation marks"),
+}
+
+
 def _section(kind: type, values: dict[str, Any], name: str, path: Path) -> Any:
-    frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    settings = {f.name: f for f in fields(kind) if f.init}
+    needed = [key for key, f in settings.items() if f.default is MISSING and f.default_factory is MISSING]
+    unknown, missing = sorted(set(values) - set(settings)), [key for key in needed if key not in values]
+    if unknown or missing:
+        wrong = [f"unknown {plural('setting', len(unknown))} {', '.join(unknown)}"] if unknown else []
+        wrong += [f"missing {plural('setting', len(missing))} {', '.join(missing)}"] if missing else []
+        known = f" The settings of this section are {', '.join(settings)}." if unknown else " Add what is missing."
+        raise SettingError(f"Section [{name}] of {path}: {'; '.join(wrong)}.{known}")
+    for key, value in values.items():
+        allowed, what = _KINDS.get(str(settings[key].type), (object, ""))
+        if not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not bool and what):
+            raise SettingError(f"Section [{name}] of {path}: {key} is {value!r}; give {what}.")
     try:
-        return kind(**frozen)
-    except TypeError as error:
-        allowed = [f.name for f in fields(kind) if not f.name.startswith("_")]
-        raise SettingError(
-            f"Section [{name}] of {path} is wrong: {clause(error).removeprefix(f'{kind.__name__}.__init__() ')}. This "
-            f"section has the settings {', '.join(allowed)}."
-        ) from error
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except SettingError as error:
+        raise SettingError(f"Section [{name}] of {path}: {error}") from error
+    except TypeError as error:  # such as text in a list of numbers
+        raise SettingError(f"Section [{name}] of {path}: {clause(error)}. Correct the file.") from error
