@@ -91,7 +91,9 @@ def run(
     dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")] = False,
 ) -> None:
-    """Generate one image, record its attention, and save both in a folder that elakit.open_run opens.
+    """Generate one image, record its attention, and save both in a folder.
+
+    In Python, elakit.open_run opens the folder.
 
     Example: elakit run "a cat and a lion" --method ela --seed 3 --out cat-lion
     """

@@ -55,7 +55,7 @@ def sentence(cause: Cause) -> str:
         case "captured":
             return _captured(cause)
         case "attribute misplaced":
-            return f'"{token}" describes the {entity}, but receives attention in the region of the {other}.'
+            return f'"{token}" describes the {entity}, but much of its attention lies in the region of the {other}.'
         case "never localized":
             return (
                 f'The attention to "{entity}" is spread over the whole image, so the {entity} has no region of its own.'

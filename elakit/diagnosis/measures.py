@@ -32,8 +32,7 @@ MEANINGS: dict[str, str] = {
     "attribute_overlap": "overlap (Ruzicka) of an attribute's map with an entity's map (0 to 1; its own entity: higher "
     "is better; another one: lower is better)",
     "attribute_margin": "overlap of an attribute's map with that of its own entity, minus its largest overlap with "
-    "that of another entity (below 0: its map overlaps another entity's map more than its own entity's; higher is "
-    "better)",
+    "that of another entity (below 0: the overlap with another entity is larger; higher is better)",
     "truth_iou": "intersection over union of an entity's map, binarized at its Otsu threshold, and the judge's mask in "
     "the finished image (0 to 1, higher is better)",
     "truth_auc": "area under the ROC curve of an entity's attention for the judge's mask (1 perfect, 0.5 chance; "
@@ -54,7 +53,7 @@ BY_SEED = (
     ("bleed", "bleed", True),
     ("intrusion", "intrusion", True),
     ("spill", "spill", None),
-    ("ruzicka", "overlap", True),
+    ("ruzicka", "overlap (Ruzicka)", True),
     ("attribute_intrusion", "attribute intrusion", True),
     ("attribute_margin", "attribute margin", False),
 )

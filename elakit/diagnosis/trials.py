@@ -161,7 +161,7 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
         return Remedy(
             name=which,
             kind="regions",
-            what="Each entity gets its own box; the boxes follow the order of the prompt, side by side or in a grid.",
+            what="ELA with one box per entity, in the order of the prompt, side by side or in a grid.",
             prompt=prompt,
             method=guidance.name,
             options=options_of(guidance),

@@ -38,7 +38,7 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class ELA:
-    """ELA, Entity Localization and Anchoring, as this project reads the paper.
+    """ELA (Zhang et al., ICML 2024) in our reading: localize one region per entity, and anchor the entity there.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ def fit(
         ),
     ],
     out: Annotated[Path, typer.Option(help="File to write the predictor to.")] = Path("predictor.json"),
-    method: Annotated[str, typer.Option(help="Method of the sweep whose images are used.")] = "plain",
+    method: Annotated[str, typer.Option(help="Method whose images in the sweep are used.")] = "plain",
 ) -> None:
     """Fit a predictor of failures on a sweep, and write the predictor to a file.
 

@@ -129,7 +129,7 @@ def run(
 ) -> None:
     """Generate images of many prompts with several methods, judge the images, and measure their attention.
 
-    All methods start from the same noise for the same prompt and seed.
+    For the same prompt and seed, all methods start from the same noise.
     The method "plain" is generation without a guidance method.
 
     Run the same command again to resume an interrupted sweep.
@@ -214,7 +214,7 @@ def report(
 ) -> None:
     """Write the results of a sweep as HTML, Markdown and CSV.
 
-    Success rates have confidence intervals; a statistical test compares them with generation without guidance.
+    Each success rate has a confidence interval, and McNemar's test compares it with that of plain generation.
 
     Example: elakit sweep report results/animals
     """
@@ -237,8 +237,8 @@ def score(
         list[str] | None,
         typer.Option(
             "--scorer",
-            help="Scorer as NAME, with its default model, or as NAME=MODEL (a folder or hub id); --list shows the "
-            "names. Required without --list. Can be repeated.",
+            help="Scorer: NAME, or NAME=MODEL for another model than its default (a folder or hub id); --list shows "
+            "the names. Required without --list. Can be repeated.",
         ),
     ] = None,
     device: Device = None,

@@ -147,8 +147,8 @@ def _introduction(diagnosis: DiagnosisData) -> str:
     if diagnosis.judged:
         said += (
             " The judge, a network that decides what each finished image shows, finds an image right if every entity "
-            "is present, not fused with another one, and in the color that the prompt gives. Extra copies of an entity "
-            "are reported, but do not make an image wrong."
+            "is present, not fused with another thing (a hybrid), and in the color that the prompt gives. Extra copies "
+            "of an entity are listed among the failures, but do not make an image wrong."
         )
     return said
 
@@ -196,8 +196,9 @@ def _why_example(diagnosis: DiagnosisData, example: Pair) -> str:
 def _details(example: Pair) -> list[dict[str, Any]]:
     """Rows of the report's table of all measures, for the seed that the report shows in detail.
 
-    Each row has the keys "measure", "about" (label of the entities that are measured), "plain" and "guided". The values
-    "plain" and "guided" are means over the steps of the plain and of the guided run.
+    Each row has the keys "measure", "name" (the name of the measure in the report), "about" (label of the entities that
+    are measured), "plain" and "guided". The values "plain" and "guided" are means over the steps of the plain and of
+    the guided run.
     """
     both = [run.bleeding.overall() for run in (example.plain, example.guided)]
     keys = ["measure", "entity", "other"]
@@ -207,6 +208,7 @@ def _details(example: Pair) -> list[dict[str, Any]]:
     return [
         {
             "measure": str(row["measure"]),
+            "name": _measure_name(str(row["measure"])),
             "about": _about(row, owners),
             "plain": float(row["value_plain"]),
             "guided": float(row["value_guided"]),
@@ -238,11 +240,12 @@ def _about(row: Mapping[str, Any], owners: Mapping[str, str]) -> str:
 
 def _meanings(measures: Iterable[str]) -> list[tuple[str, str]]:
     """Explanations of measures, as pairs (heading, explanation), without duplicates."""
-    headings = {"ruzicka": "overlap (ruzicka)"}
-    return [
-        (headings.get(measure, measure.replace("_", " ")), MEANINGS.get(measure, ""))
-        for measure in dict.fromkeys(measures)
-    ]
+    return [(_measure_name(measure), MEANINGS.get(measure, "")) for measure in dict.fromkeys(measures)]
+
+
+def _measure_name(measure: str) -> str:
+    """Name of a measure in the report: the heading of the table by seed, or its name with spaces."""
+    return next((heading for name, heading, _ in BY_SEED if name == measure), measure.replace("_", " "))
 
 
 def _settings(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
@@ -270,7 +273,7 @@ def _settings(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
     if skipped := sum(trace.skipped for trace in traces):
         rows.append(("skipped steps", f"{skipped} (the gradient was not finite)"))
     others = sum(len(one.runs) for one in diagnosis.remedies if one.remedy.name != diagnosis.method)
-    rows.append(("time", f"{diagnosis.seconds:.0f} s for {2 * len(diagnosis.pairs) + others} images"))
+    rows.append(("time", f"{diagnosis.seconds:.0f} s for {2 * len(diagnosis.pairs) + others} images of all remedies"))
     return rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from elakit.causes.findings import FailureKind
 from elakit.diagnosis import commands
 from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.diagnosis.remedies import RemedyResult, bleed
@@ -38,9 +39,19 @@ EVIDENCE = {
     "overlap": "overlap of the two maps",
     "alike": "overlap of the two maps",
     "swap": "degree of exchange",
-    "astray": "the attribute's attention at the other entity, relative to both entities (0.5: equal)",
-    "attribute_held": "attention at the other entity that goes to the attribute rather than to the noun",
+    "astray": "attribute's attention at the other entity, as a share of that at both entities (0.5: equal)",
+    "attribute_held": "attribute's share of the attention to it and to the other entity's noun, at the other entity",
     "on_other": "share of the attribute's attention that lies on the other entity in the finished image",
+}
+
+
+# Kinds of failures, as the report names them where it lists what a cause explains.
+EXPLAINED: dict[FailureKind, str] = {
+    "missing": "missing entity",
+    "fused": "fused entities",
+    "wrong attribute": "attribute of another entity",
+    "lost attribute": "lost attribute",
+    "duplicated": "extra copies",
 }
 
 
@@ -267,7 +278,7 @@ def failures(diagnosis: DiagnosisData) -> list[Reason]:
         if one.step is not None:
             facts.append(first_step(one.step, steps))
         if one.layers:
-            facts.append(f"earliest in {' and '.join(map(layer_name, one.layers[:2]))}")
+            facts.append(f"earliest in {layer_name(one.layers[0])}")
         if one.heads:
             facts.append("heads " + ", ".join(f"{number} of {layer_name(name)}" for name, number in one.heads[:2]))
         found.append(Reason(text=one.sentence, kind=one.kind, bar=Bar(one.rate, *one.interval), facts=tuple(facts)))
@@ -286,7 +297,7 @@ def causes(diagnosis: DiagnosisData) -> list[Reason]:
         if one.layers:
             facts.append(f"earliest in {layer_name(one.layers[0])}")
         if one.explains and diagnosis.judged:
-            facts.append(f"explains: {', '.join(one.explains)}")
+            facts.append(f"explains: {', '.join(EXPLAINED[kind] for kind in one.explains)}")
         # "alike" repeats "overlap" where both are listed
         numbers = {EVIDENCE.get(name, name): f"{value:.3g}" for name, value in one.evidence.items()}
         evidence = tuple(numbers.items())
@@ -313,7 +324,7 @@ def _row(one: RemedyResult, rank: int | None, best: bool) -> Row:
             facts += [f"{len(one.fixed)} fixed", f"{len(one.broken)} broken"]
         facts.append(f"time × {one.cost:.1f}")
     if one.chosen_by:
-        facts.append(f"chosen by {one.chosen_by}")
+        facts.append(f"seeds with the lowest {one.chosen_by}")
     return Row(
         title=one.remedy.title,
         what=one.remedy.what,
