@@ -418,7 +418,7 @@ def test_a_model_without_a_decoder_side_is_read_everywhere() -> None:
     assert {layer.place for layer in ELA().select(unet, (8, 12))} == {"up"}
     single = ELA(layers="single").select(adapter_for(shared("flux")).layers(), (8, 12))
     assert [layer.place for layer in single] == ["single", "single"]
-    with pytest.raises(RecordingError, match="double, single"):
+    with pytest.raises(RecordingError, match="'double', 'single'"):
         ELA(layers="mid").select(adapter_for(shared("flux")).layers(), (8, 12))
 
 

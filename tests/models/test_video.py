@@ -218,5 +218,7 @@ def test_runs_of_different_length_are_not_mixed() -> None:
     pipe, spec = tiny_wan(), SPECS["Wan"]
     with record(pipe, TEXT):
         draw(pipe, spec)
-        with pytest.raises(RecordingError, match="1 video of 3 frames of 8x12 latents, and this call has 1 video of 2"):
+        with pytest.raises(
+            RecordingError, match="1 video of 3 frames of 8x12 latents, but this denoiser call has 1 video of 2"
+        ):
             draw(pipe, spec, num_frames=3)

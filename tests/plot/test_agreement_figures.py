@@ -88,7 +88,7 @@ def test_the_masks_of_the_judge_are_the_default(monkeypatch: pytest.MonkeyPatch,
     judged, _ = embedded(monkeypatch)
     own, given_truth = plot.agreement(judged), plot.agreement(judged, corner(judged))
     assert own.to_json() == given_truth.to_json()
-    with pytest.raises(SettingError, match="Give truth"):
+    with pytest.raises(SettingError, match="Pass truth"):
         plot.agreement(run)
 
 

@@ -155,7 +155,7 @@ def test_a_sweep_with_too_few_images_or_without_features_is_refused() -> None:
     [
         ({"format": 1}, r"older version of elakit.*elakit predict fit"),
         ({"format": 99}, r"newer version of elakit.*Install"),
-        ({"format": None}, "older version"),
+        ({"format": None}, "is not a predictor"),
         ({"shares": [0.1]}, r"not a valid predictor .*must have shape \(1, "),
         ({"about": ...}, "not a valid predictor"),
         ({"weights": [[[float("nan")] * len(FEATURES)] * len(OUTCOMES)] * len(SHARES)}, "weights are NaN or infinite"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_from_a_mistyped_prompt_to_a_run_that_is_steered(model: PanelModel) -> N
     assert wording.message(model.error) == ""
 
     model.choose_method("boxdiff")
-    assert "missing: car, bird" in attempt(model, model.start)
+    assert "car, bird have none" in attempt(model, model.start)
     model.move_boxes([LEFT, None])
     assert "missing: bird" in wording.message(model.error)  # what is still missing
     model.move_boxes([LEFT, RIGHT])
@@ -154,10 +155,10 @@ def test_the_bar_of_a_canceled_run_has_the_steps_that_it_was_started_with(model:
 def test_all_wrong_inputs_are_named_at_once(chosen: Choices) -> None:
     wrong = chosen.with_method("boxdiff").with_number("guidance_scale", -1.0).with_entry("boxdiff", "share", 2.0)
     found = next_run.problems(wrong.with_region("bird", RIGHT))
-    assert {name: str(problem).partition(":")[0] for name, problem in found.items()} == {
+    assert {name: re.split("[:.] ", str(problem))[0] for name, problem in found.items()} == {
         "guidance_scale": "guidance_scale=-1.0",
         "options": "BoxDiff(share=2.0)",
-        "regions": "boxdiff needs a region for each entity; missing",
+        "regions": "boxdiff needs a region for each entity; car has none",
     }
     with pytest.raises(SettingError, match="guidance_scale"):
         next_run.call(wrong)

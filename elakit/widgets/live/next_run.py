@@ -9,7 +9,6 @@ from typing import Any
 from elakit.errors import ElakitError, PromptError, SettingError
 from elakit.guidance import METHODS, Method, build
 from elakit.guidance.layout import Layout
-from elakit.numbering import plural
 from elakit.widgets.live.choices import NUMBERS, PLAIN, Choices
 from elakit.widgets.live.options import REGIONS
 
@@ -40,7 +39,7 @@ def problems(choices: Choices) -> dict[str, ElakitError]:
     >>> for name, problem in problems(choices.with_region("car", (0, 0, 0.5, 1))).items():
     ...     print(f"{name}: {problem}")
     seed: seed=-1: must be a whole number from 0 to 9007199254740991.
-    regions: boxdiff needs a region for each entity; missing: bird. Draw a box for ...
+    regions: boxdiff needs a region for each entity; bird has none. Draw each missing region ...
     """
     checks: dict[str, Callable[[], object]] = {
         "prompt": partial(_check_prompt, choices),
@@ -129,9 +128,10 @@ def _check_options(choices: Choices) -> None:
 def _check_regions(choices: Choices) -> None:
     missing = [label for label, region in choices.regions().items() if region is None]
     if choices.needs_regions and missing:
+        has = "has" if len(missing) == 1 else "have"
         raise SettingError(
-            f"{choices.method} needs a region for each entity. {plural('Entity', len(missing))} whose region is "
-            f"missing: {', '.join(missing)}. Draw each missing region on the image, or call panel.draw(entity, region)."
+            f"{choices.method} needs a region for each entity; {', '.join(missing)} {has} none. Draw each missing region "
+            "on the image, or call panel.draw(entity, region)."
         )
 
 
