@@ -66,7 +66,7 @@ def test_from_a_mistyped_prompt_to_a_run_that_is_steered(model: PanelModel) -> N
     model.choose_method("boxdiff")
     assert "car, bird have none" in attempt(model, model.start)
     model.move_boxes([LEFT, None])
-    assert "missing: bird" in wording.message(model.error)  # what is still missing
+    assert "bird has none" in wording.message(model.error)  # what is still missing
     model.move_boxes([LEFT, RIGHT])
     assert wording.message(model.error) == ""
     assert next_run.guidance(model.choices) == BoxDiff([LEFT, RIGHT])

@@ -130,8 +130,8 @@ def _check_regions(choices: Choices) -> None:
     if choices.needs_regions and missing:
         has = "has" if len(missing) == 1 else "have"
         raise SettingError(
-            f"{choices.method} needs a region for each entity; {', '.join(missing)} {has} none. Draw each missing region "
-            "on the image, or call panel.draw(entity, region)."
+            f"{choices.method} needs a region for each entity; {', '.join(missing)} {has} none. Draw each missing "
+            "region on the image, or call panel.draw(entity, region)."
         )
 
 
