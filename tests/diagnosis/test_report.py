@@ -19,10 +19,12 @@ from tiny import tiny_pipeline
 from tiny_diagnosis import diagnosis
 
 import elakit
+from elakit.causes.findings import FAILURE_KINDS
 from elakit.diagnosis import Diagnosis, report
 from elakit.diagnosis.report import views
 from elakit.diagnosis.report.page import _settings
 from elakit.errors import OutputError
+from elakit.judge.things import Thing
 from elakit.prompt import parse
 
 COMMAND = 'elakit diagnose "a [red car] and a [blue bird]" --seeds 0-3'
@@ -58,6 +60,10 @@ def test_every_number_that_supports_a_cause_has_a_name_in_the_report() -> None:
     assert found <= set(views.EVIDENCE), found - set(views.EVIDENCE)
 
 
+def test_every_kind_of_failure_that_a_cause_explains_has_a_name_in_the_report() -> None:
+    assert set(views.EXPLAINED) == set(FAILURE_KINDS)
+
+
 def test_the_summary_is_on_the_page(found: Diagnosis, page: str) -> None:
     said = report.summary(found)
     assert said[0] == "Without guidance, 2 of 4 images show everything the prompt asks for. With ELA, 2 of 4 do."
@@ -77,6 +83,18 @@ def test_all_images_are_on_the_page(found: Diagnosis, page: str) -> None:
     for element, expected in zip(images, generated, strict=False):
         shown = Image.open(io.BytesIO(base64.b64decode((element["src"] or "").split(",")[1])))
         np.testing.assert_array_equal(np.asarray(shown), np.asarray(expected.convert("RGB")))
+
+
+def test_extra_copies_are_stated_and_do_not_make_an_image_wrong(found: Diagnosis) -> None:
+    mask = np.zeros((4, 4), bool)
+    things = tuple(Thing(noun=noun, mask=mask, score=1.0, color=None) for noun in ("car", "car", "car", "bird", "frog"))
+    run, plain = found.pairs[2].plain, found.pairs[2].plain_verdict
+    assert plain is not None
+    verdict = replace(plain, things=things, nouns={"car": "car", "bird": "bird"})
+    shown = views.image(run, verdict, "plain", 64)
+    assert shown.findings[-1] == ("car: 2 extra copies", True)  # a frog is not an entity
+    assert shown.success == verdict.success
+    assert "car: 2 extra copies." in shown.alt
 
 
 def test_the_table_holds_the_measures(found: Diagnosis, page: str) -> None:
@@ -103,6 +121,10 @@ def test_the_page_contains_the_code_and_command_that_reproduce_it(found: Diagnos
     assert again is not None
     assert parse(again.group(1), tiny_pipeline()) == found.prompt
     assert COMMAND.replace('"', "&#34;") in page
+
+
+def test_the_page_says_where_options_are_described(page: str) -> None:
+    assert "In Python, help(elakit.guidance.ELA) describes the options of ELA." in Page(page).text
 
 
 def test_options_of_the_method_are_in_the_code_and_the_settings() -> None:

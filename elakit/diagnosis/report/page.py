@@ -88,6 +88,9 @@ def render(diagnosis: DiagnosisData, command: str = "") -> str:
             meanings=_meanings(table.columns.get_level_values(0)),
             more_meanings=_meanings(row["measure"] for row in details),
             settings=_settings(diagnosis),
+            described=f"help(elakit.guidance.{METHODS[diagnosis.method].__name__})"
+            if diagnosis.method in METHODS
+            else "",
             command=command,
             code=commands.code(diagnosis),
             versions=_versions(),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
-from elakit.causes.findings import FailureKind
 from elakit.diagnosis import commands
 from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.diagnosis.remedies import RemedyResult, bleed
 from elakit.diagnosis.sentences import first_step, layer_name, steps_of
 from elakit.guidance import method_title
 from elakit.judge import Verdict
-from elakit.numbering import plural
+from elakit.numbering import number_of, plural
 from elakit.plot.image_figures import data_uri
 from elakit.prompt import Prompt
 from elakit.rewording import entity_spans
@@ -46,7 +46,7 @@ EVIDENCE = {
 
 
 # Kinds of failures, as the report names them where it lists what a cause explains.
-EXPLAINED: dict[FailureKind, str] = {
+EXPLAINED: dict[str, str] = {
     "missing": "missing entity",
     "fused": "fused entities",
     "wrong attribute": "attribute of another entity",
@@ -241,7 +241,7 @@ def image(run: Run, verdict: Verdict | None, name: str, size: int, what: str = "
         Phrase that describes the image in the text for screen readers; by default `name`.
     """
     what = what or name
-    findings = verdict.findings() if verdict is not None else ()
+    findings = (*verdict.findings(), *_copies(verdict)) if verdict is not None else ()
     judged = "".join(f" {text}." for text, _ in findings)
     width, height = run.image.size
     return Image(
@@ -253,6 +253,15 @@ def image(run: Run, verdict: Verdict | None, name: str, size: int, what: str = "
         width=width,
         height=height,
     )
+
+
+def _copies(verdict: Verdict) -> list[tuple[str, bool]]:
+    """Findings that state extra copies of entities; the bool is True, because copies do not make an image wrong."""
+    extra = Counter(verdict.extra)
+    labels = {noun: label for label, noun in verdict.nouns.items()}
+    return [
+        (f"{labels[noun]}: {number_of(count, 'extra copy')}", True) for noun, count in extra.items() if noun in labels
+    ]
 
 
 def rows(diagnosis: DiagnosisData) -> list[Row]:
