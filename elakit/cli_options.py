@@ -28,7 +28,7 @@ Model = Annotated[str, typer.Option(help="picture-world (built in), a folder, or
 Device = Annotated[
     str | None,
     typer.Option(
-        help="cpu, cuda (with several workers: all GPUs), or one GPU such as cuda:1. Default: cuda if available."
+        help="cpu, cuda, or one GPU such as cuda:1. Default: cuda if available; several workers use all GPUs."
     ),
 ]
 Dtype = Annotated[

@@ -44,11 +44,11 @@ def diagnose(
     remedies: Annotated[
         str,
         typer.Option(
-            help="Remedies to try besides --method: none, all (the first six of the following), or comma-separated "
-            "names. conform, ebama: these methods. regions: ELA with one box per entity, placed side by side. "
-            "another-seed: other seeds, of which the most promising is chosen (see --predictor). swapped: entities in "
-            "the opposite order. next-to: “next to” instead of “and”. Any other name that --method takes is a remedy, "
-            "too. No remedy is tried if all plain images are judged right."
+            help="Remedies to try besides --method: all, none, or comma-separated names. all stands for six: conform, "
+            "ebama, regions (ELA with one box per entity, placed side by side), another-seed (other seeds, of which "
+            "the most promising is chosen; see --predictor), swapped (entities in the opposite order) and next-to "
+            "(“next to” instead of “and”). Other names that --method takes are remedies, too. No remedy is tried if "
+            "all plain images are judged right."
         ),
     ] = "all",
     options: Options = None,
@@ -66,9 +66,9 @@ def diagnose(
     predictor: Annotated[
         Path | None,
         typer.Option(
-            help="Predictor of failures with which the remedy another-seed chooses seeds: a file written by `elakit "
-            "predict fit`. Default: for picture-world the included one; for other models none, and the seeds whose "
-            "attention bleeds least are chosen."
+            help="File written by `elakit predict fit`: a predictor of failures, by which the remedy “another-seed” "
+            "chooses among other seeds. Default: for picture-world the included one; for other models none, and the "
+            "seeds whose attention bleeds least are chosen."
         ),
     ] = None,
     out: Annotated[

@@ -23,7 +23,7 @@ def fit(
     sweep: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a sweep (elakit sweep run) of picture-world, or of another model with --detector."
+            help="Folder of a sweep of picture-world, or of a sweep of another model that was run with --detector."
         ),
     ],
     out: Annotated[Path, typer.Option(help="File to write the predictor to.")] = Path("predictor.json"),

@@ -237,8 +237,8 @@ def score(
         list[str] | None,
         typer.Option(
             "--scorer",
-            help="Scorer: NAME, or NAME=MODEL for another model than its default (a folder or hub id); --list shows "
-            "the names. Required without --list. Can be repeated.",
+            help="Scorer: NAME, or NAME=MODEL, where MODEL (a folder or hub id) replaces the default model; "
+            "--list shows the names. Required without --list. Can be repeated.",
         ),
     ] = None,
     device: Device = None,

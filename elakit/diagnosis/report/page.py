@@ -189,11 +189,13 @@ def _why_example(diagnosis: DiagnosisData, example: Pair) -> str:
     if fixed == 1:
         return "The only fixed seed."
     frequent = bool(diagnosis.failures) and example.seed in diagnosis.failures[0].seeds
-    which = f"the {fixed} fixed seeds" if fixed else f"the {count} seeds"
+    if fixed:
+        said = "This seed was fixed" + (" and shows the most frequent failure" if frequent else "")
+        return f"{said}. Of all such seeds, it has the highest bleed without guidance."
+    none = f"{method_title(diagnosis.method)} fixed no seed. " if diagnosis.judged else ""
     if frequent:
-        which = f"those of {which} whose plain image has the most frequent failure"
-    none = f"{method_title(diagnosis.method)} fixed no seed. " if diagnosis.judged and not fixed else ""
-    return f"{none}The seed with the highest bleed without guidance among {which}."
+        return f"{none}This seed shows the most frequent failure. Of all such seeds, it has the highest bleed."
+    return f"{none}This seed has the highest bleed without guidance."
 
 
 def _details(example: Pair) -> list[dict[str, Any]]:

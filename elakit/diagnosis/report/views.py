@@ -40,7 +40,7 @@ EVIDENCE = {
     "alike": "overlap of the two maps",
     "swap": "degree of exchange",
     "astray": "attribute's attention at the other entity, as a share of that at both entities (0.5: equal)",
-    "attribute_held": "attribute's share of the attention to it and to the other entity's noun, at the other entity",
+    "attribute_held": "in the other entity's region: attribute's share, compared with the noun (0.5: equal)",
     "on_other": "share of the attribute's attention that lies on the other entity in the finished image",
 }
 
@@ -306,7 +306,7 @@ def causes(diagnosis: DiagnosisData) -> list[Reason]:
         if one.layers:
             facts.append(f"earliest in {layer_name(one.layers[0])}")
         if one.explains and diagnosis.judged:
-            facts.append(f"explains: {', '.join(EXPLAINED[kind] for kind in one.explains)}")
+            facts.append(f"kinds of failure that it explains: {', '.join(EXPLAINED[kind] for kind in one.explains)}")
         # "alike" repeats "overlap" where both are listed
         numbers = {EVIDENCE.get(name, name): f"{value:.3g}" for name, value in one.evidence.items()}
         evidence = tuple(numbers.items())
