@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from elakit.numbering import step_name
+from elakit.numbering import number_of, step_name
 from elakit.prompt import Prompt
 from elakit.statistics import wilson
 from elakit.tokens import token_title, word_of
@@ -249,11 +249,11 @@ class Findings:
     @property
     def failing(self) -> tuple[int, ...]:
         """Seeds of the runs with a failure, not counting the kind "duplicated", which does not make an image wrong."""
-        return self._with("missing", "fused", "wrong attribute", "lost attribute")
+        return self._showing(failure for failure in self.failures if failure.kind != "duplicated")
 
-    def _with(self, *kinds: FailureKind) -> tuple[int, ...]:
-        found = [failure for failure in self.failures if failure.kind in kinds]
-        return tuple(seed for seed in self.seeds if any(seed in failure.seeds for failure in found))
+    def _showing(self, failures: Iterable[Failure]) -> tuple[int, ...]:
+        shown = {seed for failure in failures for seed in failure.seeds}
+        return tuple(seed for seed in self.seeds if seed in shown)
 
     @property
     def unexplained(self) -> tuple[Failure, ...]:
@@ -273,15 +273,15 @@ class Findings:
         count, failing = len(self.seeds), len(self.failing)
         cause = next((cause for cause in self.causes if cause.explains), None)
         why = cause.sentence if cause is not None else "No cause was found."
-        if not failing and (copies := len(self._with("duplicated"))):
+        if not failing and (copies := len(self._showing(self.failures))):
             return (
-                f"No image fails, but {copies} of {count} image{'s' * (count > 1)} show{'s' * (copies == 1)} an entity "
+                f"No image fails, but {copies} of {number_of(count, 'image')} show{'s' * (copies == 1)} an entity "
                 f"more often than the prompt asks for. {why}"
             )
         if not failing:
             source = "in the images" if self.judged else "in the attention (the images were not judged)"
-            return f"No failure was found {source} of {count} seed{'s' * (count > 1)}."
-        what = f"{failing} of {count} image{'s' * (count > 1)}"
+            return f"No failure was found {source} of {number_of(count, 'seed')}."
+        what = f"{failing} of {number_of(count, 'image')}"
         probably = "" if self.judged else "probably "
         return f"{what} {probably}fail{'s' * (failing == 1)}. {why}"
 
