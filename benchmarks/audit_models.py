@@ -80,6 +80,10 @@ def limit(
     prompts: Prompts = 48,
 ) -> None:
     """Compose a scene for each prompt, also encode and decode it, and write mixed sheets and an empty label file."""
+    if not (vae / "config.json").is_file():
+        raise SettingError(
+            f"{vae} contains no autoencoder: there is no config.json. Give the folder of one with --vae."
+        )
     world, pipe = read_config(config).world, elakit.load("picture-world")
 
     def composed(prompt: str, seed: int) -> Image.Image:

@@ -59,6 +59,12 @@ def test_images_of_both_models_are_mixed_and_their_labels_compared(tmp_path: Pat
     assert "already contains labels" in str(again.exception)
 
 
+def test_a_folder_without_an_autoencoder_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="contains no autoencoder"):
+        audit_models.limit(tmp_path / "out", vae=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_comparison_that_was_not_drawn_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="Run `draw` first"):
         audit_models.compare(tmp_path)
